@@ -1,0 +1,149 @@
+"""What one server was told to do: one frozen record per room, resolved once at start.
+
+Every field has a line saying what it means (`tests/house` reads them).  The records are msgspec
+structs because the launcher hands them to its children through a pipe as msgpack: argv and the
+environment are visible to other users, and two of the fields are keys.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A frozen configuration record."""
+
+
+class ModelConfig(_Record):
+    """Which model a rank runs, and how its arithmetic is done."""
+
+    #: Directory that holds config.json, the tokenizer and the safetensors files.
+    path: str
+    #: Directory that holds tokenizer.json; normally the model's.
+    tokenizer_path: str
+    #: Name that clients see in /v1/models.
+    served_name: str
+    #: "float32" or "bfloat16" ("float16" on CUDA only): dtype of weights, activations and KV.
+    dtype: str
+    #: "cpu" or "cuda".
+    device: str = "cpu"
+    #: Longest sequence (prompt + output) in tokens.
+    context_length: int
+    #: Bit-identical results whatever the batch, chunking and tier (model-path rules of EXACT mode).
+    deterministic: bool = False
+    #: Content digest of the weight files, 64 hex digits: the part of the namespace that names never replace.
+    weights_digest: str = ""
+    #: Seed of sampling for requests that bring none.
+    random_seed: int = 0
+
+
+class PoolConfig(_Record):
+    """Sizes of the device pool (L1) and of the host pool (L2) of one rank."""
+
+    #: Tokens per page, in all three tiers.
+    page_size: int = 64
+    #: Device pool in tokens, a multiple of page_size (page 0 comes on top: it is the dummy page).
+    device_tokens: int
+    #: Host pool in tokens, a multiple of page_size; 0 without hierarchical cache.
+    host_tokens: int = 0
+
+
+class CacheConfig(_Record):
+    """What the tree and the controller do with pages."""
+
+    #: Host memory (L2) and storage (L3) are in use.
+    hierarchical: bool = False
+    #: False: no prefix is ever reused (--disable-radix-cache).
+    reuse_prefixes: bool = True
+    #: write_through, write_through_selective or write_back.
+    write_policy: str = "write_through"
+    #: best_effort, wait_complete or timeout.
+    prefetch_policy: str = "timeout"
+    #: lru, lfu, slru, priority, fifo, mru, filo.
+    eviction_policy: str = "lru"
+    #: slru: a node hit this often is protected.
+    protected_threshold: int = 2
+    #: A host hit shorter than this many tokens is recomputed rather than loaded back.
+    load_back_threshold: int = 10
+
+
+class StorageConfig(_Record):
+    """The storage to attach at start, and what attaching over HTTP may read."""
+
+    #: Backend name, or "" for none.
+    backend: str = ""
+    #: Its extra config, already parsed to a JSON object and re-serialised.
+    extra_config_json: str = "{}"
+    #: `@path` in an extra config that arrives over HTTP is read only below this folder; "" refuses it.
+    config_dir: str = ""
+    #: Seconds for an attach: spawn, open and self-test on every rank.
+    attach_timeout_s: float = 30.0
+    #: Seconds a drain may take before the storage processes are killed.
+    drain_timeout_s: float = 30.0
+    #: Seconds after which a look-up counts as a miss.
+    lookup_timeout_s: float = 0.05
+    #: Seconds after which a read or write that has not closed makes its storage process LOST.
+    op_timeout_s: float = 30.0
+
+
+class SchedulerConfig(_Record):
+    """Limits of one rank's scheduler."""
+
+    #: Most requests that decode at the same time.
+    max_running_requests: int = 64
+    #: Most prompt tokens computed in one tick; a longer prompt is chunked.
+    chunked_prefill_size: int = 2048
+    #: Most requests that may wait; one more is refused with 503.
+    max_queued_requests: int = 4096
+    #: "fcfs" or "priority": order of the waiting queue.
+    schedule_policy: str = "fcfs"
+    #: Seconds without a tick while work is pending before the server is stopped.
+    watchdog_timeout_s: float = 300.0
+    #: Ranks exchange state digests after every tick and the server stops at the first difference.
+    check_digests: bool = False
+
+
+class HttpConfig(_Record):
+    """Where and how the tokenizer process listens."""
+
+    #: Address to listen on.
+    host: str = "127.0.0.1"
+    #: TCP port; 0 lets the system choose.
+    port: int = 30000
+    #: Key of ordinary routes, or "" for none.
+    api_key: str = ""
+    #: Key of admin routes, or "" for none.
+    admin_api_key: str = ""
+    #: PEM certificate chain, or "".
+    ssl_certfile: str = ""
+    #: PEM private key, or "".
+    ssl_keyfile: str = ""
+    #: cached_tokens appear in the usage of the OpenAI routes.
+    cache_report: bool = False
+    #: Seconds that requests in flight get to finish after SIGTERM.
+    drain_timeout_s: float = 30.0
+
+
+class LogConfig(_Record):
+    """Form and detail of the log."""
+
+    #: "text" or "json".
+    format: str = "text"
+    #: debug, info, warning or error.
+    level: str = "info"
+
+
+class ServerConfig(_Record):
+    """Everything, as every process of the server gets it."""
+
+    model: ModelConfig
+    pool: PoolConfig
+    cache: CacheConfig
+    storage: StorageConfig
+    scheduler: SchedulerConfig
+    http: HttpConfig
+    log: LogConfig = LogConfig()
+    #: Tensor-parallel size: number of ranks.
+    tp_size: int = 1
+    #: Private folder (0700) of this run: sockets and the process group's rendezvous file.
+    run_dir: str

@@ -1,0 +1,23 @@
+"""One exception tree.  An operator's mistake is a `UserError`; everything else is a defect or a fault."""
+
+from __future__ import annotations
+
+
+class HiCacheError(Exception):
+    """Base of every error this server raises on purpose."""
+
+
+class UserError(HiCacheError):
+    """Bad input: the message names the value, what is allowed and what to do.  Nothing has changed."""
+
+
+class IntegrityError(HiCacheError):
+    """A promise of the design was broken (a defect): carries the story that led to it."""
+
+
+class StorageError(HiCacheError):
+    """A backend could not do what was asked; a value for the op that asked, never fatal to a rank."""
+
+
+class ProtocolError(HiCacheError):
+    """A peer process sent something that does not fit the wire, or in the wrong order."""
