@@ -1,0 +1,391 @@
+"""Every message between the processes of one server, one union per direction.
+
+    tokenizer --ToRank--> every rank          rank --FromRank--> tokenizer
+    leader --TickPlan--> every follower       follower --RankReport--> leader
+    rank --ToStorage--> its storage process   storage process --FromStorage--> rank
+
+Messages are tagged msgspec structs in msgpack.  There is no pickle anywhere: a socket that unpickles runs
+whatever its peer sends.  A message carries ids and numbers (rid, command id, op id, epoch, plan number), so a
+late answer is recognised by its number and never by its timing.  Pure: no thread, clock, socket or torch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
+    """Base of everything on a socket: tagged by its class name, encoded as an array."""
+
+
+# ---------------------------------------------------------------------------------------- parts of messages
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """How the tokens of one request are chosen and when it stops."""
+
+    max_new_tokens: int = 128
+    #: 0 is greedy.
+    temperature: float = 1.0
+    top_p: float = 1.0
+    #: -1 or 0: no limit.
+    top_k: int = -1
+    min_p: float = 0.0
+    #: None: the leader gives the request one when it arrives, so that a retracted request repeats itself.
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    #: The stop check decodes text the way the client will see it.
+    skip_special_tokens: bool = True
+
+
+class FinishReason(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Why a request ended."""
+
+    type: Literal["stop", "length", "abort"]
+    #: The stop token id or stop string that matched.
+    matched: int | str | None = None
+    #: For an abort: what the client is told.
+    message: str = ""
+
+
+class CachedTokens(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """How many prompt tokens of a request came from each tier; the rest was computed."""
+
+    device: int = 0
+    host: int = 0
+    storage: int = 0
+    #: Class name of the attached backend, or "" when no storage is attached.
+    storage_backend: str = ""
+
+
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What one tick produced for one request."""
+
+    rid: str
+    #: Tokens that are new since the last output of this rid.
+    token_ids: tuple[int, ...] = ()
+    finish: FinishReason | None = None
+    prompt_tokens: int = 0
+    cached: CachedTokens = CachedTokens()
+    num_retractions: int = 0
+
+
+# ---------------------------------------------------------------------------- tokenizer -> ranks (ToRank)
+
+
+class NewRequest(Message):
+    """A request, already in token ids.  Sent to the leader only; followers meet it in a plan."""
+
+    rid: str
+    token_ids: list[int]
+    sampling: SamplingParams
+    extra_key: str | None = None
+    cache_salt: str | None = None
+    #: Higher runs earlier (schedule policy `priority`) and is kept longer (eviction policy `priority`).
+    priority: int = 0
+
+
+class AbortRequest(Message):
+    """The client went away, or asked for it.  Unknown rids are ignored: the answer may have crossed."""
+
+    rid: str
+
+
+class AttachStorage(Message):
+    """Attach a backend on every rank, or, for the same backend and config, change the policies."""
+
+    id: str
+    deadline_s: float
+    backend: str
+    #: JSON object; None keeps meaning "none given" so that a re-attach can tell.
+    extra_config_json: str | None = None
+    prefetch_policy: str | None = None
+    write_policy: str | None = None
+
+
+class DetachStorage(Message):
+    """Detach the storage from every rank."""
+
+    id: str
+    deadline_s: float
+    #: Shutdown only: instead of the strict idle check, wait this long for queued backups to be written.
+    flush_timeout_s: float | None = None
+
+
+class ClearStorage(Message):
+    """Delete the pages of this server's own namespace from the attached storage."""
+
+    id: str
+    deadline_s: float
+
+
+class FlushCache(Message):
+    """Empty L1 and L2 (never L3).  timeout_s > 0: wait until idle or that long."""
+
+    id: str
+    deadline_s: float
+    timeout_s: float = 0.0
+
+
+class QueryStatus(Message):
+    """Ask one rank about its storage slot; answered at once, outside the plan."""
+
+    id: str
+
+
+class Shutdown(Message):
+    """Leave the loop and exit 0.  Sent to the leader, who plans it for all."""
+
+    id: str
+
+
+ToRank = NewRequest | AbortRequest | AttachStorage | DetachStorage | ClearStorage | FlushCache | QueryStatus | Shutdown
+Command = AttachStorage | DetachStorage | ClearStorage | FlushCache | Shutdown
+
+
+# -------------------------------------------------------------------------- ranks -> tokenizer (FromRank)
+
+
+class OutputBatch(Message):
+    """Tokens and ends of one tick.  From the leader only."""
+
+    outputs: list[RequestOutput]
+
+
+class CommandAnswer(Message):
+    """One rank's outcome of a command."""
+
+    id: str
+    rank: int
+    success: bool
+    message: str = ""
+
+
+class StatusAnswer(Message):
+    """One rank's storage slot and load, as of now."""
+
+    id: str
+    rank: int
+    #: detached, attaching, attached, draining, detaching, failed.
+    state: str
+    #: Epoch of the attachment that the state speaks of; 0 before the first.
+    epoch: int
+    backend: str = ""
+    #: Ops that storage has not closed, by kind ("lookup", "read", "write").
+    in_flight: dict[str, int] = {}
+    #: Nodes waiting to be offered to storage.
+    queued_backups: int = 0
+    #: Host pages that a process, or its hardware, may still write.
+    quarantined_pages: int = 0
+    last_error: str = ""
+    prefetch_policy: str = ""
+    write_policy: str = ""
+    #: What the backend says of itself (the file backend: path in use, policy); never a secret.
+    backend_info: dict[str, str] = {}
+    #: Counters of the slot (pages written, read, corrupt ...), in pages unless the name says otherwise.
+    counters: dict[str, int] = {}
+    #: Free, used and total pages of each pool; running and waiting requests.
+    load: dict[str, int] = {}
+
+
+FromRank = OutputBatch | CommandAnswer | StatusAnswer
+
+
+# ------------------------------------------------------------------- leader -> followers, and back (plans)
+
+
+class OpOutcome(msgspec.Struct, frozen=True, array_like=True):
+    """What all ranks agree on for one op."""
+
+    op_id: int
+    #: Pages whole on every rank (the minimum over ranks), counted from the start of the op.
+    pages: int
+    #: Every rank said "I will not touch this op again": slots and locks may go.
+    closed: bool
+
+
+StorageEvent = Literal["commit", "open_failed", "lost", "deadline", "reaped", "reap_timeout", "quiet"]
+
+
+class StorageOutcome(msgspec.Struct, frozen=True, array_like=True):
+    """An event of one attachment that takes effect on all ranks in the tick whose plan carries it."""
+
+    event: StorageEvent
+    epoch: int
+    #: For people: per-rank reasons of a failure.  commit: backend info of rank 0 as "key=value" lines.
+    detail: str = ""
+
+
+class ClearOutcome(msgspec.Struct, frozen=True, array_like=True):
+    """All ranks have cleared, or one failed, or the deadline passed."""
+
+    command_id: str
+    #: Per rank, in rank order: "" for success, otherwise the reason.
+    reasons: tuple[str, ...]
+
+
+class TickPlan(Message):
+    """Inputs and outcomes of one tick, in the order in which every rank applies them."""
+
+    #: 1, 2, 3 ...: a gap stops the server.
+    number: int
+    #: The leader's monotonic clock.  The only time that a decision may read.
+    now_us: int
+    storage: list[StorageOutcome] = []
+    ops: list[OpOutcome] = []
+    clears: list[ClearOutcome] = []
+    commands: list[Command] = []
+    aborts: list[str] = []
+    requests: list[NewRequest] = []
+
+
+class OpFact(msgspec.Struct, frozen=True, array_like=True):
+    """What one rank knows of one op.  pages only grows; settled: it will not grow any more."""
+
+    op_id: int
+    pages: int
+    settled: bool
+    closed: bool
+
+
+StorageFactKind = Literal["opened", "open_failed", "lost", "reaped", "reap_timeout", "quiet"]
+
+
+class StorageFact(msgspec.Struct, frozen=True, array_like=True):
+    """What happened to the storage process of one epoch on one rank."""
+
+    kind: StorageFactKind
+    epoch: int
+    detail: str = ""
+
+
+class ClearFact(msgspec.Struct, frozen=True, array_like=True):
+    """One rank's storage process finished a clear."""
+
+    command_id: str
+    #: "" for success.
+    reason: str = ""
+
+
+class RankReport(Message):
+    """From a follower: what it applied and what its hands told it since the last report."""
+
+    rank: int
+    #: Number of the last plan applied here: the acknowledgement.
+    applied: int
+    #: State digest after that plan when digests are compared, else 0.
+    digest: int = 0
+    ops: list[OpFact] = []
+    storage: list[StorageFact] = []
+    clears: list[ClearFact] = []
+
+
+# --------------------------------------------------------- rank -> its storage process (ToStorage), and back
+
+
+class OpenBackend(Message):
+    """First message: everything the storage process needs.  Travels through a pipe, never argv."""
+
+    rank: int
+    epoch: int
+    backend: str
+    extra_config_json: str
+    #: Namespace of the server, 64 hex digits (design: model level, no tenant, no rank).
+    namespace: str
+    #: KV heads [head_start, head_end) of this rank.
+    head_start: int
+    head_end: int
+    #: False: another rank owns this head range; writes settle as done without I/O.
+    writes: bool
+    #: Bytes of one page of this rank in the host pool.
+    page_bytes: int
+    #: Pages in the host pool.
+    host_pages: int
+    log_format: str = "text"
+    log_level: str = "info"
+
+
+class LookupPages(Message):
+    """How many of these pages, from the first on, does the store hold?"""
+
+    op_id: int
+    keys: list[bytes]
+
+
+class ReadPages(Message):
+    """Read pages into host pool pages.  Progress counts from the first page on."""
+
+    op_id: int
+    keys: list[bytes]
+    host_pages: list[int]
+
+
+class WritePages(Message):
+    """Write host pool pages.  parent is the key before the first one (b"" at the root), depth its page count."""
+
+    op_id: int
+    keys: list[bytes]
+    host_pages: list[int]
+    parent: bytes
+    depth: int
+
+
+class RevokeOp(Message):
+    """Start nothing more for this op; settle with what is whole, then close."""
+
+    op_id: int
+
+
+class ClearPages(Message):
+    """Delete every page of the own namespace."""
+
+    command_id: str
+
+
+class StopBackend(Message):
+    """Finish the running calls, close the backend, exit 0."""
+
+
+ToStorage = OpenBackend | LookupPages | ReadPages | WritePages | RevokeOp | ClearPages | StopBackend
+
+
+class BackendOpened(Message):
+    """Open and self-test succeeded."""
+
+    epoch: int
+    #: What the backend says of itself, for status pages; never a secret.
+    info: dict[str, str] = {}
+
+
+class BackendOpenFailed(Message):
+    """Open or self-test failed; the process exits after this."""
+
+    epoch: int
+    reason: str
+
+
+class OpProgress(Message):
+    """Pages whole so far; settled: no more will come; closed: the op is not touched again."""
+
+    op_id: int
+    pages: int
+    settled: bool
+    closed: bool
+    #: Pages that were refused for their content (checksum, header) in this op.
+    corrupt: int = 0
+    #: "" or why it stopped short.
+    reason: str = ""
+
+
+class ClearDone(Message):
+    """A ClearPages finished; reason is "" for success."""
+
+    command_id: str
+    reason: str = ""
+
+
+FromStorage = BackendOpened | BackendOpenFailed | OpProgress | ClearDone
