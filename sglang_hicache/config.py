@@ -14,7 +14,7 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """A frozen configuration record."""
 
 
-class ModelConfig(_Record):
+class ModelConfig(_Record, kw_only=True):
     """Which model a rank runs, and how its arithmetic is done."""
 
     #: Directory that holds config.json, the tokenizer and the safetensors files.
@@ -35,9 +35,13 @@ class ModelConfig(_Record):
     weights_digest: str = ""
     #: Seed of sampling for requests that bring none.
     random_seed: int = 0
+    #: Tokens that end a text (generation_config.json, else config.json).
+    eos_token_ids: tuple[int, ...] = ()
+    #: Token ids are 0 .. vocab_size - 1.
+    vocab_size: int = 0
 
 
-class PoolConfig(_Record):
+class PoolConfig(_Record, kw_only=True):
     """Sizes of the device pool (L1) and of the host pool (L2) of one rank."""
 
     #: Tokens per page, in all three tiers.
@@ -48,7 +52,7 @@ class PoolConfig(_Record):
     host_tokens: int = 0
 
 
-class CacheConfig(_Record):
+class CacheConfig(_Record, kw_only=True):
     """What the tree and the controller do with pages."""
 
     #: Host memory (L2) and storage (L3) are in use.
@@ -67,7 +71,7 @@ class CacheConfig(_Record):
     load_back_threshold: int = 10
 
 
-class StorageConfig(_Record):
+class StorageConfig(_Record, kw_only=True):
     """The storage to attach at start, and what attaching over HTTP may read."""
 
     #: Backend name, or "" for none.
@@ -86,7 +90,7 @@ class StorageConfig(_Record):
     op_timeout_s: float = 30.0
 
 
-class SchedulerConfig(_Record):
+class SchedulerConfig(_Record, kw_only=True):
     """Limits of one rank's scheduler."""
 
     #: Most requests that decode at the same time.
@@ -103,7 +107,7 @@ class SchedulerConfig(_Record):
     check_digests: bool = False
 
 
-class HttpConfig(_Record):
+class HttpConfig(_Record, kw_only=True):
     """Where and how the tokenizer process listens."""
 
     #: Address to listen on.
@@ -124,7 +128,7 @@ class HttpConfig(_Record):
     drain_timeout_s: float = 30.0
 
 
-class LogConfig(_Record):
+class LogConfig(_Record, kw_only=True):
     """Form and detail of the log."""
 
     #: "text" or "json".
@@ -133,7 +137,7 @@ class LogConfig(_Record):
     level: str = "info"
 
 
-class ServerConfig(_Record):
+class ServerConfig(_Record, kw_only=True):
     """Everything, as every process of the server gets it."""
 
     model: ModelConfig
