@@ -36,6 +36,8 @@ import msgspec
 from sglang_hicache.errors import IntegrityError
 from sglang_hicache.storage.attachment_events import (
     Admitted as Admitted,  # not used here, but users of the machine find all its words in one place
+)
+from sglang_hicache.storage.attachment_events import (
     Answer,
     Attach,
     Cleared,
