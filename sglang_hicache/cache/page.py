@@ -75,12 +75,11 @@ def page_keys(tokens: Sequence[int], page_size: int | None, seed: bytes = b"") -
     return keys
 
 
-def flat_page_keys(flat: bytes, page_size: int, previous: bytes) -> list[bytes]:
-    """`page_keys` of tokens that are already encoded, following `previous`."""
-    step = page_size * TOKEN_BYTES
+def flat_page_keys(flat: bytes, page_bytes: int, previous: bytes) -> list[bytes]:
+    """`page_keys` of tokens that are already encoded, in pages of `page_bytes`, following `previous`."""
     keys: list[bytes] = []
-    for start in range(0, len(flat), step):
-        previous = chain(previous, flat[start : start + step])
+    for start in range(0, len(flat), page_bytes):
+        previous = chain(previous, flat[start : start + page_bytes])
         keys.append(previous)
     return keys
 
