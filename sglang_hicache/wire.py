@@ -50,6 +50,8 @@ class FinishReason(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     matched: int | str | None = None
     #: For an abort: what the client is told.
     message: str = ""
+    #: For an abort: HTTP status that the client gets, e.g. 503 for a full queue.  0: an ordinary answer that says "abort".
+    status_code: int = 0
 
 
 class CachedTokens(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -190,6 +192,8 @@ class StatusAnswer(Message):
     counters: dict[str, int] = {}
     #: Free, used and total pages of each pool; running and waiting requests.
     load: dict[str, int] = {}
+    #: Extra config of the attachment as JSON, "" when detached.  May hold secrets: the desk redacts before it answers.
+    extra_config_json: str = ""
 
 
 FromRank = OutputBatch | CommandAnswer | StatusAnswer
