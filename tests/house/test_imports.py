@@ -31,8 +31,8 @@ ENTRY_POINTS = {"launch_server"}
 
 
 def _lint(folder: Path, *contracts: str) -> subprocess.CompletedProcess[str]:
-    chosen = tuple(contracts)
-    code = f"import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(limit_to_contracts={chosen!r}, no_cache=True, no_logo=True))"
+    call = f"lint_imports(limit_to_contracts={contracts!r}, no_cache=True, no_logo=True)"
+    code = f"import sys; from importlinter.cli import lint_imports; sys.exit({call})"
     return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=60)
 
 
