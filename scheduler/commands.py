@@ -1,0 +1,217 @@
+"""Admin commands on one rank: the strict idle check, what each command starts, and each rank's own answer.
+
+A command arrives in a plan, so every rank judges it in the same tick against the same state and answers for
+itself; the desk merges the answers.  Idle is judged once, in the tick that starts the operation.  The two commands
+that may wait (a flush with a time-out, the detach of a shutdown) are looked at again in every tick until the
+leader's clock has passed their deadline.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from sglang_hicache import wire
+from sglang_hicache.cache.tiers import Tiers
+from sglang_hicache.errors import UserError
+from sglang_hicache.storage import registry
+from sglang_hicache.storage.attachment_events import Answer, Attach, Cleared, Detach, State, Verdict
+
+PREFETCH_POLICIES = ("best_effort", "wait_complete", "timeout")
+WRITE_POLICIES = ("write_back", "write_through", "write_through_selective")
+NOT_HIERARCHICAL = "Hierarchical cache is not enabled: restart with --enable-hierarchical-cache."
+
+
+class Commands:
+    """Commands of one replica, from the plan that brings them to the answer."""
+
+    def __init__(self, rank: int, tiers: Tiers, load: Callable[[], dict[str, int]], is_hierarchical: bool) -> None:
+        self._rank = rank
+        self._tiers = tiers
+        self._load = load
+        self._is_hierarchical = is_hierarchical
+        #: Attach commands that the slot works on: their policies take effect with the commit.
+        self._attaching: dict[str, wire.AttachStorage] = {}
+        self._clearing: dict[str, int] = {}
+        #: Commands that wait for idleness, with the leader's clock when they stop waiting.
+        self._waiting: dict[str, tuple[wire.FlushCache | wire.DetachStorage, int]] = {}
+        self.answers: list[wire.CommandAnswer] = []
+
+    def start(self, command: wire.Command, now_us: int) -> None:
+        match command:
+            case wire.AttachStorage():
+                self._attach(command)
+            case wire.DetachStorage():
+                self._detach(command, now_us)
+            case wire.ClearStorage():
+                self._clear(command)
+            case wire.FlushCache():
+                self._flush(command, now_us)
+            case wire.Shutdown():
+                self._answer(command.id, True, "stopping")
+
+    def blockers(self) -> dict[str, int]:
+        """What keeps this rank from being idle, by name."""
+        return {name: count for name, count in (self._load() | self._tiers.blockers()).items() if count}
+
+    def _not_idle(self) -> str:
+        """The refusal's second half, or "" when idle.  The two counts that clients parse come first."""
+        found = self.blockers()
+        if not found:
+            return ""
+        counts = {"queue-req": 0, "running-req": 0} | found
+        return " ".join(f"#{name}={count}" for name, count in counts.items())
+
+    def _answer(self, command_id: str, success: bool, message: str) -> None:
+        self.answers.append(wire.CommandAnswer(id=command_id, rank=self._rank, success=success, message=message))
+
+    # ------------------------------------------------------------------------------------------- attach
+
+    def _attach(self, command: wire.AttachStorage) -> None:
+        try:
+            self._check_attach(command)
+        except UserError as error:
+            self._answer(command.id, False, str(error))
+            return
+        slot = self._tiers.slot
+        if slot.face() is State.ATTACHED:
+            self._apply_policies(command)
+            same = f"HiCache storage is already enabled with the same backend '{slot.backend}'; policies updated."
+            self._answer(command.id, True, same)
+            return
+        self._attaching[command.id] = command
+        config = command.extra_config_json or "{}"
+        _, settings = registry.validate_extra_config(command.backend, config)
+        late_io = registry.late_io(command.backend, settings)
+        self._tiers.carry_out(slot.handle(Attach(command.id, command.backend, config, late_io)))
+
+    def _check_attach(self, command: wire.AttachStorage) -> None:
+        """Raise UserError unless the attach may start (or, for what is attached already, update policies)."""
+        if not self._is_hierarchical:
+            raise UserError(NOT_HIERARCHICAL)
+        if blockers := self._not_idle():
+            raise UserError(f"Reject attach: scheduler is not idle. {blockers}")
+        for value, allowed, name in (
+            (command.prefetch_policy, PREFETCH_POLICIES, "hicache_storage_prefetch_policy"),
+            (command.write_policy, WRITE_POLICIES, "hicache_write_policy"),
+        ):
+            if value is not None and value not in allowed:
+                raise UserError(f"Invalid {name} '{value}': expected one of {', '.join(allowed)}.")
+        slot = self._tiers.slot
+        if slot.face() is State.ATTACHED:
+            if slot.backend != command.backend:
+                raise UserError(
+                    f"HiCache storage is already enabled with backend '{slot.backend}', cannot attach "
+                    f"'{command.backend}': detach first."
+                )
+            given = command.extra_config_json
+            if given is not None and not _same_json(given, slot.extra_config_json):
+                raise UserError(
+                    f"HiCache storage is already enabled with backend '{slot.backend}' and another extra config, "
+                    "which cannot be changed while it is attached: detach first, then attach with the new one."
+                )
+            return
+        registry.validate_extra_config(command.backend, command.extra_config_json or "{}")
+
+    def _apply_policies(self, command: wire.AttachStorage) -> None:
+        tiers = self._tiers
+        tiers.prefetcher.policy = command.prefetch_policy or tiers.prefetcher.policy
+        # Any switch of the write policy is safe in a tree whose eviction copes with host-only nodes below
+        # device-only ones, so unlike elsewhere none has to be refused until the cache is flushed.
+        tiers.controller.write_policy = command.write_policy or tiers.controller.write_policy
+
+    def slot_answered(self, answer: Answer) -> None:
+        """The attachment machine has finished with a command."""
+        command = self._attaching.pop(answer.command_id, None)
+        if command is None:
+            held = f" Pages held {answer.detail}." if answer.detail else ""
+            success = answer.verdict in (Verdict.OK, Verdict.PAGES_HELD)
+            self._answer(answer.command_id, success, f"HiCache storage detached successfully.{held}")
+            return
+        name = command.backend
+        if answer.verdict is Verdict.OK:
+            self._apply_policies(command)
+            settings, _ = registry.split_extra_config(command.extra_config_json or "{}")
+            self._tiers.prefetcher.settings = settings
+            self._answer(answer.command_id, True, f"Storage backend '{name}' attached successfully.")
+        elif answer.verdict is Verdict.CONFLICT:
+            busy = f"Another change of the storage is under way: {answer.detail}. Try again when it has ended."
+            self._answer(answer.command_id, False, busy)
+        else:
+            self._answer(answer.command_id, False, f"Failed to attach storage backend '{name}': {answer.detail}")
+
+    # ------------------------------------------------------------------------------------------- detach
+
+    def _detach(self, command: wire.DetachStorage, now_us: int) -> None:
+        if command.flush_timeout_s is not None:
+            self._waiting[command.id] = (command, now_us + int(command.flush_timeout_s * 1e6))
+            return
+        if not self._is_hierarchical:
+            self._answer(command.id, False, NOT_HIERARCHICAL)
+        elif blockers := self._not_idle():
+            self._answer(command.id, False, f"Reject detach: scheduler is not idle. {blockers}")
+        else:
+            self._tiers.carry_out(self._tiers.slot.handle(Detach(command.id)))
+
+    # -------------------------------------------------------------------------------------------- clear
+
+    def _clear(self, command: wire.ClearStorage) -> None:
+        tiers = self._tiers
+        epoch = tiers.slot.gate()
+        if epoch is None:
+            self._answer(command.id, False, "No HiCache storage is attached: there is nothing to clear.")
+            return
+        tiers.carry_out(tiers.slot.handle(Cleared()))
+        self._clearing[command.id] = epoch
+        tiers.storage.messages.append((epoch, wire.ClearPages(command_id=command.id)))
+
+    def clearing(self) -> dict[str, int]:
+        """Clears under way: command id -> epoch.  The leader counts their facts."""
+        return self._clearing
+
+    def clear_ended(self, outcome: wire.ClearOutcome) -> None:
+        self._clearing.pop(outcome.command_id, None)
+        # Once more: what this rank wrote after its own clear, another rank's slower clear has deleted again.
+        self._tiers.carry_out(self._tiers.slot.handle(Cleared()))
+        reason = outcome.reasons[self._rank]
+        self._answer(outcome.command_id, not reason, reason or "HiCache storage cleared.")
+
+    # -------------------------------------------------------------------------------------------- flush
+
+    def _flush(self, command: wire.FlushCache, now_us: int) -> None:
+        if any(isinstance(waiting, wire.FlushCache) for waiting, _ in self._waiting.values()):
+            self._answer(command.id, False, "Another flush is in progress.")
+            return
+        self._waiting[command.id] = (command, now_us + int(command.timeout_s * 1e6))
+
+    def look_again(self, now_us: int) -> None:
+        """Commands that wait for idleness: has it come, or is their time over?"""
+        for command_id, (command, deadline_us) in list(self._waiting.items()):
+            is_over = now_us >= deadline_us
+            if isinstance(command, wire.DetachStorage):
+                if is_over or not self._tiers.blockers():
+                    del self._waiting[command_id]
+                    self._tiers.carry_out(self._tiers.slot.handle(Detach(command_id)))
+                continue
+            blockers = self._not_idle()
+            if blockers and not is_over:
+                continue
+            del self._waiting[command_id]
+            if not blockers:
+                self._tiers.controller.reset()
+                self._answer(command_id, True, "Cache flushed.")
+            elif command.timeout_s:
+                self._answer(command_id, False, f"Timed out waiting for idle. {blockers}")
+            else:
+                self._answer(command_id, False, f"Flush cache failed: scheduler is not idle. {blockers}")
+
+    def next_deadline_us(self) -> int | None:
+        return min((deadline for _, deadline in self._waiting.values()), default=None)
+
+
+def _same_json(left: str, right: str) -> bool:
+    """Equal as values: spaces and the order of keys say nothing."""
+    try:
+        return json.loads(left or "{}") == json.loads(right or "{}")
+    except json.JSONDecodeError:
+        return False

@@ -1,0 +1,233 @@
+"""The deterministic heart of a rank: `apply(plan) -> effects`, then the forward, then `apply_results(ids)`.
+
+A tick, in order:
+
+    outcomes   what all ranks agree on: attachments, ops, clears         tiers, commands
+    inputs     admin commands, aborts, new requests                      commands, here
+    choice     who computes what, with which pages                       admission
+    effects    messages, copies, the batch                               for the loop
+    results    sampled ids: tokens, stops, insertion into the tree       results
+
+Every rank applies the same plans and so holds the same state; nothing here reads a clock, a socket, a random
+number or a rank (but to name itself in its answers).  `digest` changes with every change of state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sglang_hicache import wire
+from sglang_hicache.cache.check import check_pools, check_tree, check_unlocked
+from sglang_hicache.cache.controller import Copy
+from sglang_hicache.cache.digest import StateDigest
+from sglang_hicache.cache.page import namespace_seed
+from sglang_hicache.cache.tiers import Tiers
+from sglang_hicache.config import ServerConfig
+from sglang_hicache.scheduler import batch as batches
+from sglang_hicache.scheduler.admission import Admission, Share
+from sglang_hicache.scheduler.commands import Commands
+from sglang_hicache.scheduler.pages import RequestPages
+from sglang_hicache.scheduler.request import Request, RequestState, StopText
+from sglang_hicache.scheduler.results import Results
+from sglang_hicache.scheduler.waiting import WaitingQueue
+from sglang_hicache.storage.attachment_events import Kill, Spawn, Stop
+from sglang_hicache.workers.batch import ForwardBatch
+
+
+@dataclass(slots=True)
+class Effects:
+    """What one tick asks of this rank's hands, in the order in which the loop does it."""
+
+    copies_out: list[Copy] = field(default_factory=list)
+    copies_in: list[Copy] = field(default_factory=list)
+    storage: list[Spawn | Stop | Kill] = field(default_factory=list)
+    to_storage: list[tuple[int, wire.ToStorage]] = field(default_factory=list)
+    answers: list[wire.CommandAnswer] = field(default_factory=list)
+    #: Refusals and aborts; what the forward produces comes from `apply_results`.
+    outputs: list[wire.RequestOutput] = field(default_factory=list)
+    batch: ForwardBatch | None = None
+    #: Leave the loop after this tick.
+    stop: bool = False
+
+
+def no_stop_text(_: wire.SamplingParams) -> StopText | None:
+    """For ranks without a tokenizer: requests with stop strings are not sent to them."""
+    return None
+
+
+class SchedulerCore:
+    """The replicated state of one rank."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        rank: int,
+        make_stop_text: Callable[[wire.SamplingParams], StopText | None] = no_stop_text,
+    ) -> None:
+        self._config = config
+        self._rank = rank
+        self._make_stop_text = make_stop_text
+        self._digest = StateDigest()
+        #: Longest sequence that can ever be computed here, in tokens.
+        self.longest_tokens = min(config.model.context_length, config.pool.device_tokens)
+        self.tick = 0
+        self.tiers = Tiers(config, self._digest)
+        self.waiting = WaitingQueue(config.scheduler.schedule_policy)
+        self._pages = RequestPages(
+            self.tiers.controller, self.tiers.backup, config.pool.page_size, config.cache.reuse_prefixes
+        )
+        self.admission = Admission(config, self.waiting, self._pages, self.tiers.prefetcher, self.tiers.slot)
+        self._results = Results(config.model, self.admission, self._pages, self.longest_tokens)
+        self.commands = Commands(rank, self.tiers, self._load, config.cache.hierarchical)
+        self._requests: dict[str, Request] = {}
+        self._shares: list[Share] = []
+
+    @property
+    def digest(self) -> int:
+        return self._digest.value
+
+    # ------------------------------------------------------------------------------------------- apply
+
+    def apply(self, plan: wire.TickPlan) -> Effects:
+        """Take one plan.  The caller carries the effects out and, if there is a batch, calls `apply_results`."""
+        self.tick = plan.number
+        effects = Effects()
+        for outcome in plan.storage:
+            self.tiers.storage_outcome(outcome)
+        for op_outcome in plan.ops:
+            self.tiers.op_outcome(op_outcome, self.tick, plan.now_us)
+        for clear in plan.clears:
+            self.commands.clear_ended(clear)
+        for command in plan.commands:
+            self.commands.start(command, plan.now_us)
+            effects.stop |= isinstance(command, wire.Shutdown)
+        for rid in plan.aborts:
+            self._abort(rid, effects)
+        for request in plan.requests:
+            self._receive(request, plan.now_us, effects)
+        self.commands.look_again(plan.now_us)
+        self._shares = self.admission.choose(self.tick, plan.now_us)
+        self.tiers.backup.pump(plan.now_us)
+        self._collect(effects)
+        return effects
+
+    def _collect(self, effects: Effects) -> None:
+        tiers = self.tiers.take_effects()
+        effects.storage, effects.to_storage = tiers.storage, tiers.to_storage
+        effects.copies_out, effects.copies_in = tiers.copies_out, tiers.copies_in
+        for answer in tiers.answers:
+            self.commands.slot_answered(answer)
+        effects.answers, self.commands.answers = self.commands.answers, []
+        effects.batch = batches.build(self._shares) if self._shares else None
+
+    def apply_results(self, token_ids: list[int]) -> list[wire.RequestOutput]:
+        """Take the ids that the forward of this tick sampled, one per row that wanted one."""
+        outputs, ended = self._results.apply(self._shares, token_ids, self.tick)
+        self._shares = []
+        for request in ended:
+            del self._requests[request.rid]
+        self._digest.mix(41, self.tick, *token_ids)
+        return outputs
+
+    # ---------------------------------------------------------------------------------------- requests
+
+    def _receive(self, message: wire.NewRequest, now_us: int, effects: Effects) -> None:
+        request = Request(
+            rid=message.rid, prompt_tokens=len(message.token_ids), tokens=list(message.token_ids),
+            sampling=message.sampling, seed=namespace_seed(message.extra_key, message.cache_salt),
+            priority=message.priority, arrival=self.tick * 1_000_000 + len(self._requests),
+        )
+        if refusal := self._refusal(request):
+            effects.outputs.append(request.output((), wire.FinishReason(type="abort", message=refusal)))
+            return
+        if request.is_probe and self._requests:
+            return  # whatever the running requests produce next proves health
+        if message.sampling.stop:
+            request.stop_text = self._make_stop_text(message.sampling)
+        self._requests[request.rid] = request
+        self.waiting.add(request)
+        self._digest.mix(42, request.prompt_tokens, request.priority)
+        key = self._pages.key(request)
+        if key:
+            self.tiers.prefetcher.start(
+                request.rid, request.seed, key, self._pages.match(request), request.tokens, now_us
+            )
+
+    def _refusal(self, request: Request) -> str:
+        """Why a request can never run, or not now; "" if it may wait in line."""
+        if request.rid in self._requests:
+            return f"request id '{request.rid}' is in use: every running request needs its own"
+        if not request.tokens or len(request.tokens) >= self.longest_tokens:
+            return (
+                f"the prompt has {len(request.tokens)} tokens: between 1 and {self.longest_tokens - 1} are allowed "
+                "(--context-length and --max-total-tokens limit it)"
+            )
+        if len(self.waiting) >= self._config.scheduler.max_queued_requests:
+            return f"{len(self.waiting)} requests are waiting, which is the limit: try again later"
+        return ""
+
+    def _abort(self, rid: str, effects: Effects) -> None:
+        """Free everything of a request at whatever stage it is; an unknown rid has ended meanwhile."""
+        request = self._requests.pop(rid, None)
+        if request is None:
+            return
+        if request.state is RequestState.WAITING:
+            self.waiting.remove(request)
+            self.tiers.prefetcher.forget(rid)
+            request.move(RequestState.FINISHED)
+        else:
+            self._results.end(request, self.tick)
+        self._digest.mix(43, request.prompt_tokens, request.output_len)
+        effects.outputs.append(request.output((), wire.FinishReason(type="abort", message="aborted")))
+
+    # ------------------------------------------------------------------------------------- asked by the loop
+
+    def has_work(self) -> bool:
+        """The next tick would compute something without any news."""
+        return bool(self.admission.running) or self.admission.will_admit()
+
+    def next_deadline_us(self) -> int | None:
+        """When the leader's clock changes something by itself."""
+        known = (self.tiers.next_deadline_us(), self.commands.next_deadline_us())
+        return min((deadline for deadline in known if deadline is not None), default=None)
+
+    def _load(self) -> dict[str, int]:
+        """Requests by stage; health probes are nobody's load."""
+        running = [r for r in self.admission.running if not r.is_probe]
+        return {
+            "queue-req": sum(not r.is_probe for r in self.waiting),
+            "running-req": len(running),
+            "chunked-req": sum(r.state is RequestState.EXTENDING for r in running),
+        }
+
+    def status(self, query_id: str) -> wire.StatusAnswer:
+        """This rank's storage slot and load."""
+        tiers, slot = self.tiers, self.tiers.slot
+        controller = tiers.controller
+        in_flight = {k: n for k, n in tiers.ops.counts().items() if k in ("lookup", "read", "write")}
+        counters = {f"prefetch_{k}_tokens": n for k, n in tiers.prefetcher.counters.items()}
+        counters |= {f"backup_{k}_tokens": n for k, n in tiers.backup.counters.items()}
+        counters |= {f"cache_{k}_tokens": n for k, n in controller.counters.items()}
+        load = self._load()
+        for pool in (controller.device, controller.host):
+            if pool is not None:
+                load |= {f"{pool.name}_pages_free": pool.free_count, f"{pool.name}_pages": pool.total}
+        return wire.StatusAnswer(
+            id=query_id, rank=self._rank, state=slot.face().value, epoch=slot.epoch, backend=slot.backend,
+            in_flight=in_flight, queued_backups=len(tiers.backup), quarantined_pages=tiers.quarantine.pages,
+            last_error=slot.last_error, prefetch_policy=tiers.prefetcher.policy,
+            write_policy=controller.write_policy, counters=counters, load=load,
+        )
+
+    def check(self) -> None:
+        """Every page has exactly one owner: free list, tree, request, op or quarantine.  Raises IntegrityError."""
+        tiers, controller = self.tiers, self.tiers.controller
+        check_tree(controller.tree)
+        check_pools(
+            controller.tree, controller.device, controller.host,
+            {r.rid: r.pages[r.locked_pages :] for r in self.admission.running},
+            {repr(op): op.host_pages for op in tiers.ops} | {"quarantine": tiers.quarantine.owned()},
+        )
+        if not self._requests and not len(tiers.ops) and not tiers.quarantine.pages:
+            check_unlocked(controller.tree)

@@ -1,0 +1,248 @@
+"""The leader: turns what all ranks report, and its own clock, into the plan of the next tick.
+
+The only place that decides when something has happened for everybody.  `Ledger` holds what each rank said of each
+op and each attachment; an outcome enters a plan when every rank (or, for bad news, any rank) has said so.  The
+leader plans from its own replica, which has applied every plan and so is the newest: what a late fact speaks of is
+looked up there, and dropped if it is gone.  Runs on rank 0, on the scheduler thread.  Pure: the loop brings the
+facts and the time.
+"""
+
+from __future__ import annotations
+
+import random
+
+import msgspec
+
+from sglang_hicache import wire
+from sglang_hicache.cache.op import OpPhase
+from sglang_hicache.config import ServerConfig
+from sglang_hicache.errors import IntegrityError
+from sglang_hicache.scheduler.core import SchedulerCore
+from sglang_hicache.storage.attachment import StorageAttachment, StorageSlot
+from sglang_hicache.storage.attachment_events import State
+
+#: A follower that is this many plans behind is dead: each plan it lacks is memory here and a client waiting.
+MAX_UNACKNOWLEDGED = 64
+
+
+class Ledger:
+    """What each rank said, until all have."""
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._ops: dict[int, dict[int, wire.OpFact]] = {}
+        self._storage: dict[tuple[str, int], dict[int, str]] = {}
+        self._clears: dict[str, dict[int, str]] = {}
+
+    def add(
+        self, rank: int, ops: list[wire.OpFact], storage: list[wire.StorageFact], clears: list[wire.ClearFact]
+    ) -> None:
+        for fact in ops:
+            self._ops.setdefault(fact.op_id, {})[rank] = fact
+        for said in storage:
+            self._storage.setdefault((said.kind, said.epoch), {})[rank] = said.detail
+        for cleared in clears:
+            self._clears.setdefault(cleared.command_id, {})[rank] = cleared.reason
+
+    def said(self, kind: str, epoch: int) -> dict[int, str]:
+        """Who reported this of an epoch, with the details."""
+        return self._storage.get((kind, epoch), {})
+
+    def by_all(self, kind: str, epoch: int) -> bool:
+        return len(self.said(kind, epoch)) == self._ranks
+
+    def details(self, kind: str, epoch: int) -> str:
+        """The reasons of those who reported, in rank order."""
+        return "; ".join(f"rank {rank}: {detail}" for rank, detail in sorted(self.said(kind, epoch).items()))
+
+    def op_outcomes(self, core: SchedulerCore, ending: set[int]) -> list[wire.OpOutcome]:
+        """Ops on which all ranks agree now; those of an epoch that ends in this plan go with it."""
+        outcomes, ops = [], core.tiers.ops
+        for op_id in [op_id for op_id in self._ops if ops.get(op_id) is None]:
+            del self._ops[op_id]
+        for op in ops:
+            facts = self._ops.get(op.id, {})
+            if op.epoch in ending or (not facts and op.phase is not OpPhase.REVOKED):
+                continue
+            pages = min(f.pages for f in facts.values()) if len(facts) == self._ranks else 0
+            closed = len(facts) == self._ranks and all(f.closed for f in facts.values())
+            settled = len(facts) == self._ranks and all(f.settled for f in facts.values())
+            # A revoked op is settled at once, with what has been reported: its request must not wait for a
+            # process that may hang.
+            is_news = op.phase is not OpPhase.SETTLED and (settled or op.phase is OpPhase.REVOKED)
+            if closed or is_news:
+                outcomes.append(wire.OpOutcome(op.id, pages, closed))
+        return outcomes
+
+    def clear_outcomes(self, core: SchedulerCore, overdue: set[str]) -> list[wire.ClearOutcome]:
+        """Clears that every rank has finished, or that will not be finished."""
+        outcomes, clearing = [], core.commands.clearing()
+        for command_id, epoch in clearing.items():
+            said = self._clears.get(command_id, {})
+            is_over = command_id in overdue or core.tiers.slot.gate() != epoch
+            if len(said) == self._ranks or is_over:
+                why = "not cleared in time" if command_id in overdue else "the storage was lost or detached meanwhile"
+                reasons = tuple(said.get(rank, why) for rank in range(self._ranks))
+                outcomes.append(wire.ClearOutcome(command_id, reasons))
+        self._clears = {k: v for k, v in self._clears.items() if k in clearing}
+        return outcomes
+
+    def forget(self, slot: StorageSlot) -> None:
+        """Drop what was said of epochs that are gone."""
+        alive = {a.epoch for a in slot.places()} | set(slot.quarantined)
+        self._storage = {key: said for key, said in self._storage.items() if key[1] in alive}
+
+
+class Leader:
+    """Rank 0's mailbox and clock, and the plans they become."""
+
+    def __init__(self, config: ServerConfig, ranks: int) -> None:
+        self._config = config
+        self._ranks = ranks
+        self._ledger = Ledger(ranks)
+        self._seeds = random.Random(config.model.random_seed)
+        self._requests: list[wire.NewRequest] = []
+        self._aborts: list[str] = []
+        self._commands: list[wire.Command] = []
+        #: Leader's clock when a command, and what it started, has had its time.
+        self._deadlines: dict[str, int] = {}
+        #: The same for an epoch that drains or closes.
+        self._drains: dict[int, int] = {}
+        self._number = 0
+        self._applied = [0] * ranks
+        #: Own digest after each plan that some follower has not acknowledged.
+        self._digests: dict[int, int] = {}
+        self._has_news = False
+
+    # ------------------------------------------------------------------------------------------ mailbox
+
+    def add_request(self, request: wire.NewRequest) -> None:
+        if request.sampling.seed is None:  # chosen once, here: a retracted request must repeat itself
+            sampling = msgspec.structs.replace(request.sampling, seed=self._seeds.getrandbits(31))
+            request = msgspec.structs.replace(request, sampling=sampling)
+        self._requests.append(request)
+
+    def add_abort(self, rid: str) -> None:
+        self._aborts.append(rid)
+
+    def add_command(self, command: wire.Command, now_us: int) -> None:
+        self._commands.append(command)
+        if not isinstance(command, wire.Shutdown):
+            self._deadlines[command.id] = now_us + int(command.deadline_s * 1e6)
+
+    def add_own_facts(
+        self, ops: list[wire.OpFact], storage: list[wire.StorageFact], clears: list[wire.ClearFact]
+    ) -> None:
+        self._ledger.add(0, ops, storage, clears)
+        self._has_news |= bool(ops or storage or clears)
+
+    def add_report(self, report: wire.RankReport) -> None:
+        """A follower's facts and acknowledgement.  A digest that differs means that ranks disagree: a defect."""
+        self._ledger.add(report.rank, report.ops, report.storage, report.clears)
+        self._has_news |= bool(report.ops or report.storage or report.clears)
+        self._applied[report.rank] = max(self._applied[report.rank], report.applied)
+        own = self._digests.get(report.applied)
+        if report.digest and own is not None and own != report.digest:
+            raise IntegrityError(
+                f"rank {report.rank} disagrees after plan {report.applied}: digest {report.digest:x}, leader {own:x}"
+            )
+        behind = min(self._applied[1:], default=self._number)
+        for number in [n for n in self._digests if n <= behind]:
+            del self._digests[number]
+
+    def applied(self, digest: int) -> None:
+        """The leader's own replica has applied the latest plan."""
+        self._applied[0] = self._number
+        if self._ranks > 1 and self._config.scheduler.check_digests:
+            self._digests[self._number] = digest
+
+    def check_followers(self) -> None:
+        """Raise if a follower has stopped acknowledging."""
+        for rank, applied in enumerate(self._applied):
+            if self._number - applied > MAX_UNACKNOWLEDGED:
+                raise IntegrityError(f"rank {rank} is dead: it acknowledged plan {applied} of {self._number}")
+
+    # -------------------------------------------------------------------------------------------- plans
+
+    def next_plan(self, now_us: int, core: SchedulerCore) -> wire.TickPlan | None:
+        """The plan of the next tick, or None when nothing has happened and nothing is to do."""
+        wake_us = self.wake_at_us(core)
+        due = wake_us is not None and now_us >= wake_us
+        inputs = self._requests or self._aborts or self._commands
+        if not (inputs or self._has_news or due or core.has_work() or self._has_revoked(core)):
+            return None
+        self._has_news = False
+        storage = self._storage_outcomes(now_us, core)
+        ending = {o.epoch for o in storage if o.event in ("reaped", "reap_timeout", "quiet")}
+        overdue = {i for i in core.commands.clearing() if now_us >= self._deadlines.get(i, now_us + 1)}
+        self._number += 1
+        plan = wire.TickPlan(
+            number=self._number, now_us=now_us, storage=storage, ops=self._ledger.op_outcomes(core, ending),
+            clears=self._ledger.clear_outcomes(core, overdue), commands=self._commands, aborts=self._aborts,
+            requests=self._requests,
+        )
+        self._commands, self._aborts, self._requests = [], [], []
+        self._ledger.forget(core.tiers.slot)
+        return plan
+
+    def _has_revoked(self, core: SchedulerCore) -> bool:
+        return any(op.phase is OpPhase.REVOKED for op in core.tiers.ops)
+
+    def _storage_outcomes(self, now_us: int, core: SchedulerCore) -> list[wire.StorageOutcome]:
+        """At most one outcome per epoch: a second would find the state that the first has just left."""
+        slot, ledger = core.tiers.slot, self._ledger
+        outcomes = []
+        for attachment in slot.places():
+            event, detail = self._event(attachment, now_us, core)
+            if event and slot.expects(event, attachment.epoch):
+                outcomes.append(wire.StorageOutcome(event, attachment.epoch, detail))
+        for epoch in slot.quarantined:
+            # A driver reports quiet with the reap, or, for a backend with late_io, when its fence has proven it.
+            if ledger.by_all("quiet", epoch):
+                outcomes.append(wire.StorageOutcome("quiet", epoch))
+        return outcomes
+
+    def _event(self, attachment: StorageAttachment, now_us: int, core: SchedulerCore) -> tuple[str, str]:
+        """What has happened to one attachment, or ("", "")."""
+        ledger, epoch, state = self._ledger, attachment.epoch, attachment.state
+        if state in (State.DETACHING, State.FAILED) and ledger.by_all("reaped", epoch):
+            return "reaped", ""
+        if state is State.FAILED and ledger.said("reap_timeout", epoch):
+            return "reap_timeout", f"could not be reaped after SIGKILL: {ledger.details('reap_timeout', epoch)}"
+        for bad in ("open_failed", "lost"):  # one rank's loss is everybody's
+            if ledger.said(bad, epoch) and core.tiers.slot.expects(bad, epoch):
+                return bad, ledger.details(bad, epoch)
+        if state is State.ATTACHING and ledger.by_all("opened", epoch):
+            return "commit", ledger.said("opened", epoch).get(0, "")
+        if state in (State.ATTACHED, State.DRAINING):
+            stuck = [op for op in core.tiers.ops.of_epoch(epoch) if op.deadline_us and now_us >= op.deadline_us]
+            if stuck:
+                seconds = self._config.storage.op_timeout_s
+                return "lost", f"{stuck[0].kind.name.lower()} op {stuck[0].id} has not ended within {seconds:g} s"
+        deadline_us = self._deadline_us(attachment, core.tiers.slot, now_us)
+        if deadline_us is not None and now_us >= deadline_us:
+            silent = [str(rank) for rank in range(self._ranks) if rank not in ledger.said("opened", epoch)]
+            opening = f"not open in time on rank {', '.join(silent)}"
+            return "deadline", opening if state is State.ATTACHING else "drain deadline passed"
+        return "", ""
+
+    def _deadline_us(self, attachment: StorageAttachment, slot: StorageSlot, now_us: int) -> int | None:
+        """When the patience with an attachment ends, in the leader's clock."""
+        if attachment.state is State.ATTACHING:
+            return self._deadlines.get(attachment.command_id)
+        if attachment.state in (State.DRAINING, State.DETACHING):
+            asked = [self._deadlines[waiter] for waiter in slot.waiters if waiter in self._deadlines]
+            default_us = now_us + int(self._config.storage.drain_timeout_s * 1e6)
+            return self._drains.setdefault(attachment.epoch, min(asked, default=default_us))
+        return None
+
+    def wake_at_us(self, core: SchedulerCore) -> int | None:
+        """When the leader must look at the clock again although nothing has arrived."""
+        slot = core.tiers.slot
+        busy = {a.epoch for a in slot.places() if a.state in (State.DRAINING, State.DETACHING)}
+        self._drains = {epoch: at for epoch, at in self._drains.items() if epoch in busy}
+        alive = {a.command_id for a in slot.places()} | set(slot.waiters) | set(core.commands.clearing())
+        pending = {command.id for command in self._commands}
+        self._deadlines = {i: at for i, at in self._deadlines.items() if i in alive or i in pending}
+        known = [core.next_deadline_us(), *self._drains.values(), *self._deadlines.values()]
+        return min((at for at in known if at is not None), default=None)

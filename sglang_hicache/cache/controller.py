@@ -1,0 +1,237 @@
+"""What moves between device and host, and why: eviction, write-through, demotion, load-back.
+
+Owns the two page allocators and the tree; asked by admission (pages, load-back), results (insert) and core
+(finished copies).  Decides only; the copies it wants are collected in `copies_out` and `copies_in`, which the
+loop hands to the worker: outs first, then ins, then the forward.  Replicated on every rank, so nothing here
+reads a clock, a future or the arrival order of anything.
+
+Order on the device is the stream's: a device page that a demotion gives up is free at once, because whatever
+refills it is queued behind the copy.  Order on the host is the plan's: a host page is published, unlocked or
+freed only when the plan says that the copy has ended on every rank.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from sglang_hicache.cache.op import Op, OpKind, OpTable
+from sglang_hicache.cache.pools import PageAllocator
+from sglang_hicache.cache.tree import Match, Node, PrefixTree
+from sglang_hicache.config import CacheConfig
+from sglang_hicache.errors import IntegrityError
+
+#: Hits a node needs before it is copied to the host; write_back copies at eviction instead.
+WRITE_THRESHOLD = {"write_through": 1, "write_through_selective": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Page i of `device_pages` and page i of `host_pages` belong together."""
+
+    op_id: int
+    device_pages: list[int]
+    host_pages: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Inserted:
+    """Result of putting a request's pages into the tree."""
+
+    #: Bottom node of the inserted prefix: what the request locks.
+    node: Node
+    #: Pages of the whole prefix as the tree holds them; the request's own duplicates are freed.
+    pages: list[int]
+    #: Nodes from the root to `node`.
+    path: list[Node]
+
+
+class CacheController:
+    """Pages of device and host, and the copies between them."""
+
+    def __init__(
+        self, config: CacheConfig, page_size: int, tree: PrefixTree, device: PageAllocator,
+        host: PageAllocator | None, ops: OpTable,
+    ) -> None:
+        self._config = config
+        self._page_size = page_size
+        self.write_policy = config.write_policy
+        self.tree = tree
+        self.device = device
+        self.host = host
+        self.ops = ops
+        self.copies_out: list[Copy] = []
+        self.copies_in: list[Copy] = []
+        #: In tokens, as the metrics count.
+        self.counters: Counter[str] = Counter()
+        #: Nodes whose write-through is in flight (by node id): a second copy would waste host pages.
+        self._writing: dict[int, int] = {}
+
+    # ------------------------------------------------------------------------------------------ device
+
+    def device_pages_available(self) -> int:
+        """Free pages plus those that eviction can free at once."""
+        return self.device.free_count + self.tree.device_tokens_evictable // self._page_size
+
+    def allocate_device(self, pages: int) -> list[int] | None:
+        """Take pages, evicting as needed; None (and nothing taken) if locks hold too many."""
+        passed_over: set[int] = set()
+        while self.device.free_count < pages:
+            node = self.tree.device_victim(passed_over)
+            if node is None:
+                return None
+            if not self._evict_from_device(node):
+                passed_over.add(node.id)
+        return self.device.alloc(pages)
+
+    def _evict_from_device(self, node: Node) -> bool:
+        """Free the device pages of a victim; False if they cannot go now."""
+        tokens = node.page_count * self._page_size
+        if node.host_pages is None:
+            must_copy = bool(node.children)  # host-only children: without this node they would hang in the air
+            if (must_copy or self.write_policy == "write_back") and self._demote(node):
+                self.counters["evicted"] += tokens
+                return True
+            if must_copy:
+                return self._drop_subtree(node)
+            if self.host is not None and self.write_policy == "write_back":
+                self.counters["dropped_host_pressure"] += tokens
+        self.device.free(self.tree.drop_device(node))
+        self.counters["evicted"] += tokens
+        return True
+
+    def _demote(self, node: Node) -> bool:
+        """Give the victim a host copy and free its device pages behind that copy."""
+        host_pages = self.allocate_host(node.page_count) if self.host is not None else None
+        if host_pages is None:
+            return False
+        op = self.ops.add(OpKind.DEMOTE, node.page_count)
+        op.node = node
+        self.tree.set_host(node, host_pages)
+        self.tree.lock_host(node)
+        device_pages = self.tree.drop_device(node)
+        self.copies_out.append(Copy(op.id, device_pages, host_pages))
+        self.device.free(device_pages)
+        return True
+
+    def _drop_subtree(self, node: Node) -> bool:
+        """No room to demote: give up the node with its host-only children, unless one of those is locked."""
+        if any(below.host_locks or below.device_locks for below in self.tree.subtree(node)):
+            return False
+        device_pages, host_pages = self.tree.drop_subtree(node)
+        self.device.free(device_pages)
+        self._need_host().free(host_pages)
+        self.counters["evicted"] += len(device_pages) * self._page_size
+        self.counters["dropped_host_pressure"] += len(host_pages) * self._page_size
+        return True
+
+    # -------------------------------------------------------------------------------------------- host
+
+    def _need_host(self) -> PageAllocator:
+        if self.host is None:
+            raise IntegrityError("host pages are handled on a server without hierarchical cache")
+        return self.host
+
+    def allocate_host(self, pages: int) -> list[int] | None:
+        """Take host pages, evicting as needed; None (and nothing taken) if locks hold too many."""
+        host = self._need_host()
+        if pages > host.total:
+            return None
+        while host.free_count < pages:
+            node = self.tree.host_victim(duplicates_first=self.write_policy == "write_back")
+            if node is None:
+                return None
+            host.free(self.tree.clear_host(node))
+        return host.alloc(pages)
+
+    def write_through(self, path: list[Node]) -> None:
+        """Copy the nodes of a path to the host, parents first, as far as policy and memory allow."""
+        threshold = WRITE_THRESHOLD.get(self.write_policy)
+        if threshold is None or self.host is None:
+            return
+        for node in path:
+            if node.host_pages is not None or node.id in self._writing:
+                continue
+            if node.hit_count < threshold:
+                return
+            host_pages = self.allocate_host(node.page_count)
+            if host_pages is None:
+                self.counters["dropped_host_pressure"] += node.page_count * self._page_size
+                return
+            op = self.ops.add(OpKind.WRITE_THROUGH, node.page_count)
+            op.node, op.host_pages = node, host_pages
+            self.tree.lock_device(node)
+            self._writing[node.id] = op.id
+            self.copies_out.append(Copy(op.id, list(node.device_pages or ()), host_pages))
+
+    def load_back(self, match: Match) -> list[int] | None:
+        """Bring the host part of a match to the device; the caller holds locks on both its nodes."""
+        pages = self.allocate_device(match.host_len // self._page_size)
+        if pages is None:
+            return None
+        op = self.ops.add(OpKind.LOAD_BACK, len(pages))
+        op.node = match.host_node
+        host_pages: list[int] = []
+        at = 0
+        for node in self.tree.span(match.host_node, len(pages)):
+            host_pages += node.host_pages or ()
+            self.tree.set_device(node, pages[at : at + node.page_count])
+            at += node.page_count
+        self.tree.lock_host(match.host_node)
+        self.copies_in.append(Copy(op.id, pages, host_pages))
+        self.counters["load_back"] += match.host_len
+        return pages
+
+    def finish_copy(self, op: Op) -> list[Node]:
+        """The copy has ended on every rank: publish, unlock, free.  Returns nodes that are new on the host."""
+        self.ops.remove(op)
+        node = op.node
+        if node is None:
+            raise IntegrityError(f"{op!r} copies no node")
+        if op.kind is OpKind.LOAD_BACK:
+            self.tree.unlock_host(node)
+            return []
+        if op.kind is OpKind.DEMOTE:
+            self.tree.unlock_host(node)
+            return self.tree.span(node, op.pages)
+        published, at = [], 0
+        for part in self.tree.span(node, op.pages):
+            pages = op.host_pages[at : at + part.page_count]
+            at += part.page_count
+            if part.host_pages is None:
+                self.tree.set_host(part, pages)
+                published.append(part)
+            else:  # a prefetch brought the same pages meanwhile
+                self._need_host().free(pages)
+        self._writing.pop(node.id, None)
+        self.tree.unlock_device(node)
+        self.counters["backup"] += op.pages * self._page_size
+        return published
+
+    # ------------------------------------------------------------------------------------------ insert
+
+    def insert(self, seed: bytes, key: bytes, pages: list[int], tick: int, priority: int, counted: int) -> Inserted:
+        """Put computed pages into the tree, count the hit once per node, and start write-through.
+
+        `counted`: pages from the root whose nodes this request has counted before.
+        """
+        insertion = self.tree.insert(seed, key, pages, tick, priority)
+        self.device.free(insertion.duplicates)
+        held: list[int] = []
+        for node in insertion.path:
+            if node.depth_pages >= counted:
+                node.hit_count += 1
+            held += node.device_pages or ()
+        if len(held) != len(pages):
+            raise IntegrityError(f"inserted {len(pages)} pages, the tree holds {len(held)} on the device")
+        self.write_through(insertion.path)
+        return Inserted(insertion.node, held, insertion.path)
+
+    def reset(self) -> None:
+        """Empty L1 and L2.  Only while no op is in flight: an op's pages would be freed under its copy."""
+        if len(self.ops):
+            raise IntegrityError(f"the cache cannot be flushed with ops in flight: {self.ops.counts()}")
+        device_pages, host_pages = self.tree.reset()
+        self.device.free(device_pages)
+        if self.host is not None:
+            self.host.free(host_pages)

@@ -1,0 +1,66 @@
+"""The one door through which ops enter and leave storage: the slot's gate in front, the op table behind.
+
+Prefetch and backup both use it, so "is storage on?" is asked in one place and every op that storage holds is
+counted by the attachment it runs in.  Messages and instructions are collected for the loop; nothing is sent
+here.  Replicated; changed only by `apply`.
+"""
+
+from __future__ import annotations
+
+from sglang_hicache import wire
+from sglang_hicache.cache.op import Op, OpKind, OpTable
+from sglang_hicache.storage.attachment import Admitted, Instruction, OpClosed, StorageSlot
+
+#: The storage process bounds its queues too; this bound is the one that all ranks agree on.
+MAX_IN_FLIGHT = 64
+
+
+class StorageOps:
+    """Ops of the attached storage."""
+
+    def __init__(self, slot: StorageSlot, ops: OpTable, op_timeout_s: float) -> None:
+        self._slot = slot
+        self._ops = ops
+        self._op_timeout_us = int(op_timeout_s * 1e6)
+        self.messages: list[tuple[int, wire.ToStorage]] = []
+        self.instructions: list[Instruction] = []
+
+    @property
+    def tag(self) -> tuple[int, int] | None:
+        """What a node that is stored now is marked with: (epoch, store generation); None: storage is off."""
+        epoch = self._slot.gate()
+        return None if epoch is None else (epoch, self._slot.generation)
+
+    def is_stored(self, tag: tuple[int, int] | None) -> bool:
+        return tag is not None and tag == self.tag
+
+    def in_flight(self) -> int:
+        return sum(self._ops.count(kind) for kind in (OpKind.LOOKUP, OpKind.READ, OpKind.WRITE))
+
+    def admit(self, kind: OpKind, pages: int, now_us: int, rid: str = "") -> Op | None:
+        """Enter an op, or None when the gate is closed or storage has enough to do."""
+        tag = self.tag
+        if tag is None or self._ops.count(kind) >= MAX_IN_FLIGHT:
+            return None
+        op = self._ops.add(kind, pages, tag[0])
+        op.rid, op.generation = rid, tag[1]
+        op.deadline_us = now_us + self._op_timeout_us
+        self.instructions += self._slot.handle(Admitted(tag[0]))
+        return op
+
+    def send(self, op: Op, message: wire.ToStorage) -> None:
+        self.messages.append((op.epoch, message))
+
+    def revoke(self, op: Op) -> None:
+        if self._ops.revoke(op):
+            self.send(op, wire.RevokeOp(op_id=op.id))
+
+    def close(self, op: Op) -> None:
+        """Every rank has let go of it."""
+        self._ops.remove(op)
+        self.instructions += self._slot.handle(OpClosed(op.epoch))
+
+    def take(self) -> tuple[list[tuple[int, wire.ToStorage]], list[Instruction]]:
+        messages, instructions = self.messages, self.instructions
+        self.messages, self.instructions = [], []
+        return messages, instructions

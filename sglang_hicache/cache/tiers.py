@@ -1,0 +1,174 @@
+"""The three tiers of one rank put together, and the ends of their ops.
+
+Builds tree, pools, controller, slot, prefetch and backup, and routes to them what a plan says: outcomes of ops and
+of attachments.  Called by `SchedulerCore.apply` and by the commands; never blocks, never sends: what other
+processes must do is collected in `effects`.  Replicated on every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sglang_hicache import wire
+from sglang_hicache.cache.backup import BackupQueue
+from sglang_hicache.cache.controller import CacheController, Copy
+from sglang_hicache.cache.digest import StateDigest
+from sglang_hicache.cache.evict import EvictionPolicy
+from sglang_hicache.cache.op import COPIES, Op, OpKind, OpPhase, OpTable
+from sglang_hicache.cache.pools import PageAllocator
+from sglang_hicache.cache.prefetch import Prefetcher
+from sglang_hicache.cache.quarantine import Quarantine
+from sglang_hicache.cache.storage_ops import StorageOps
+from sglang_hicache.cache.tree import PrefixTree
+from sglang_hicache.config import ServerConfig
+from sglang_hicache.errors import IntegrityError
+from sglang_hicache.storage.attachment import StorageSlot
+from sglang_hicache.storage.attachment_events import (
+    Answer,
+    FreeOps,
+    Instruction,
+    Kill,
+    QuarantineOps,
+    ReleaseQuarantine,
+    RevokeOps,
+    Spawn,
+    Stop,
+)
+
+
+@dataclass(slots=True)
+class TierEffects:
+    """What one tick asks of other hands."""
+
+    #: For the storage driver, in order.
+    storage: list[Spawn | Stop | Kill] = field(default_factory=list)
+    #: (epoch, message) for the storage process of that epoch.
+    to_storage: list[tuple[int, wire.ToStorage]] = field(default_factory=list)
+    copies_out: list[Copy] = field(default_factory=list)
+    copies_in: list[Copy] = field(default_factory=list)
+    #: Commands that the slot has answered.
+    answers: list[Answer] = field(default_factory=list)
+
+
+class Tiers:
+    """Device, host and storage of one replica."""
+
+    def __init__(self, config: ServerConfig, digest: StateDigest) -> None:
+        pool, cache = config.pool, config.cache
+        self.page_size = pool.page_size
+        self.ops = OpTable(digest)
+        self.slot = StorageSlot(digest)
+        self.quarantine = Quarantine()
+        self.controller = CacheController(
+            cache,
+            pool.page_size,
+            PrefixTree(pool.page_size, digest, EvictionPolicy.named(cache.eviction_policy, cache.protected_threshold)),
+            PageAllocator("device", pool.device_tokens // pool.page_size, digest, first=1),
+            PageAllocator("host", pool.host_tokens // pool.page_size, digest) if cache.hierarchical else None,
+            self.ops,
+        )
+        self.storage = StorageOps(self.slot, self.ops, config.storage.op_timeout_s)
+        self.prefetcher = Prefetcher(
+            self.controller, self.storage, pool.page_size, cache.prefetch_policy, config.storage.lookup_timeout_s
+        )
+        self.backup = BackupQueue(self.controller, self.storage, pool.page_size)
+        self._driver: list[Spawn | Stop | Kill] = []
+        self._answers: list[Answer] = []
+
+    # -------------------------------------------------------------------------------- outcomes of a plan
+
+    def storage_outcome(self, outcome: wire.StorageOutcome) -> None:
+        self.carry_out(self.slot.handle(outcome))
+
+    def op_outcome(self, outcome: wire.OpOutcome, tick: int, now_us: int) -> None:
+        """All ranks agree on the pages of an op, or on its end."""
+        op = self.ops.get(outcome.op_id)
+        if op is None:
+            raise IntegrityError(f"the plan of tick {tick} speaks of op {outcome.op_id}, which is not in flight")
+        if op.kind in COPIES:
+            self.backup.offer(self.controller.finish_copy(op))
+            return
+        if op.phase is not OpPhase.SETTLED:
+            self.ops.settle(op, outcome.pages)
+            if op.kind is OpKind.LOOKUP:
+                self.prefetcher.lookup_settled(op, now_us)
+            elif op.kind is OpKind.READ:
+                self.prefetcher.read_settled(op, tick)
+        if outcome.closed:
+            self._close(op)
+
+    def _close(self, op: Op) -> None:
+        if op.kind is OpKind.WRITE:
+            self.backup.close(op)
+        else:
+            self.prefetcher.close(op)
+
+    def carry_out(self, instructions: list[Instruction]) -> None:
+        """Do what the attachment machine asks of the cache; keep the rest for the driver and the desk."""
+        for instruction in instructions:
+            match instruction:
+                case Answer():
+                    self._answers.append(instruction)
+                case RevokeOps(epoch):
+                    self._revoke(epoch)
+                case FreeOps(epoch):
+                    for op in self._take_ops(epoch):
+                        self._give_back(op)
+                case QuarantineOps(epoch):
+                    self.quarantine.hold(epoch, self._take_ops(epoch))
+                case ReleaseQuarantine(epoch):
+                    for op in self.quarantine.release(epoch):
+                        self._give_back(op)
+                case Kill(epoch):
+                    self._revoke(epoch)  # its requests go on with what has arrived
+                    self._driver.append(instruction)
+                case Spawn() | Stop():
+                    self._driver.append(instruction)
+
+    def _revoke(self, epoch: int) -> None:
+        self.prefetcher.stop_epoch(epoch)
+        for op in self.ops.of_epoch(epoch):
+            self.storage.revoke(op)
+
+    def _take_ops(self, epoch: int) -> list[Op]:
+        """Ops of an epoch that ended, out of the table; whoever waited for them goes on."""
+        ops = self.ops.of_epoch(epoch)
+        for op in ops:
+            self.ops.remove(op)
+            if op.kind is not OpKind.WRITE:
+                self.prefetcher.epoch_gone(op)
+        return ops
+
+    def _give_back(self, op: Op) -> None:
+        if op.kind is OpKind.WRITE:
+            self.backup.epoch_gone(op)
+        elif op.host_pages and self.controller.host is not None:
+            self.controller.host.free(op.host_pages)
+            op.host_pages = []
+
+    # --------------------------------------------------------------------------------------- the tick's end
+
+    def take_effects(self) -> TierEffects:
+        """Everything this tick asks for; a drain that ended with its last op is part of it."""
+        messages, instructions = self.storage.take()
+        while instructions:
+            self.carry_out(instructions)
+            more, instructions = self.storage.take()
+            messages += more
+        controller = self.controller
+        effects = TierEffects(self._driver, messages, controller.copies_out, controller.copies_in, self._answers)
+        self._driver, self._answers = [], []
+        controller.copies_out, controller.copies_in = [], []
+        return effects
+
+    def blockers(self) -> dict[str, int]:
+        """Obligations of the cache that are not settled, by name; empty when idle."""
+        blockers = {f"{kind}-ops": count for kind, count in self.ops.counts().items()}
+        if len(self.backup):
+            blockers["queued-backups"] = len(self.backup)
+        return blockers
+
+    def next_deadline_us(self) -> int | None:
+        """When the clock may change something by itself."""
+        known = (self.prefetcher.next_deadline_us(), self.ops.next_deadline_us())
+        return min((deadline for deadline in known if deadline is not None), default=None)
