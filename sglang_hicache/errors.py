@@ -16,7 +16,15 @@ class IntegrityError(HiCacheError):
 
 
 class StorageError(HiCacheError):
-    """A backend could not do what was asked; a value for the op that asked, never fatal to a rank."""
+    """A backend could not do what was asked; a value for the op that asked, never fatal to a rank.
+
+    `reason` is for programs: "io", "no_space", "refused" (the store does not want us) or "contract" (a backend
+    answered in a way that its interface does not allow).
+    """
+
+    def __init__(self, message: str, reason: str = "io") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class ProtocolError(HiCacheError):

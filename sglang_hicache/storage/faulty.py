@@ -1,0 +1,211 @@
+"""A saboteur around any backend: does to its calls what the field has done to others.
+
+For tests only; a server refuses it unless it was started with SGLANG_HICACHE_ALLOW_FAULTY=1.  Every fault is decided by
+the number of the call or page, never by time or chance.  Kinds, by what they hit:
+
+    any call    error, no_space   StorageError             exception     an error that is none of ours
+                none, short_list, wrong_type               answers against the contract
+                hold   waits at a `Gate` until let through      hang   never returns      crash   the process dies
+    read        flip   one bit differs       short   an object of another size       disappear   gone before the read
+    write       flip   one bit differs from what the header says
+    exists      stale  says that all pages are there
+
+Threads: as any backend.  A held call holds only its own lane.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from sglang_hicache.errors import StorageError
+from sglang_hicache.storage.backend import Capabilities, PageOutcome, PageResult, StorageBackend
+from sglang_hicache.storage.page_format import IncomingPage, OutgoingPage, PageName
+from sglang_hicache.storage.settings import Fault, FaultySettings
+
+_PAGE_KINDS = ("error", "no_space", "flip", "short", "disappear")
+
+
+class SabotageError(RuntimeError):
+    """Stands for any error of a library that a backend forgot to translate."""
+
+
+class Gate:
+    """A place where a backend stops and says "I am inside" until the test says "go on".  Two pipes with names, so that
+    it works across processes and without a clock."""
+
+    def __init__(self, folder: Path) -> None:
+        for name in ("inside", "go"):
+            os.mkfifo(folder / name, 0o600)
+        self.folder = folder
+        # Opened for both directions, so that neither side ever waits for the other one to open.
+        self._inside = os.open(folder / "inside", os.O_RDWR)
+        self._go = os.open(folder / "go", os.O_RDWR)
+
+    def wait_inside_blocking(self, timeout_s: float = 10.0) -> None:
+        """Return when a call has arrived at the gate."""
+        if not select.select([self._inside], [], [], timeout_s)[0]:
+            raise TimeoutError(f"nobody came to the gate {self.folder} in {timeout_s} s")
+        os.read(self._inside, 1)
+
+    def go(self) -> None:
+        """Let one call through, the one that waits or the next one."""
+        os.write(self._go, b"g")
+
+    def close(self) -> None:
+        """Take the gate down; the pipes stay for a call that still waits in them."""
+        os.close(self._inside)
+        os.close(self._go)
+
+    @staticmethod
+    def pass_blocking(folder: str) -> None:
+        """The backend's side: say that you are here and wait."""
+        inside = os.open(Path(folder, "inside"), os.O_WRONLY)
+        try:
+            os.write(inside, b"i")
+        finally:
+            os.close(inside)
+        go = os.open(Path(folder, "go"), os.O_RDONLY)
+        try:
+            os.read(go, 1)
+        finally:
+            os.close(go)
+
+
+class FaultyBackend(StorageBackend):
+    """Another backend, sabotaged."""
+
+    def __init__(self, settings: FaultySettings, inner: StorageBackend) -> None:
+        self._inner = inner
+        self._faults = dict(settings.faults)
+        self._numbers: Counter[str] = Counter()
+        self._hits: Counter[str] = Counter()
+        self.capabilities = Capabilities(
+            late_io=settings.late_io or inner.capabilities.late_io, durable=inner.capabilities.durable
+        )
+
+    def open_blocking(self) -> None:
+        self._sabotaged("open", self._inner.open_blocking)
+
+    def exists_blocking(self, names: Sequence[PageName]) -> int:
+        fault = self._faults.get("exists")
+        if fault is not None and fault.kind == "stale" and self._strikes("exists", fault):
+            return len(names)
+        return self._sabotaged("exists", lambda: self._inner.exists_blocking(names))
+
+    def read_blocking(self, pages: Sequence[IncomingPage]) -> list[PageOutcome]:
+        if self._hits_pages("read"):
+            return [self._read(page) for page in pages]
+        return self._sabotaged("read", lambda: self._inner.read_blocking(pages))
+
+    def write_blocking(self, pages: Sequence[OutgoingPage]) -> list[PageOutcome]:
+        if self._hits_pages("write"):
+            return [self._write(page) for page in pages]
+        return self._sabotaged("write", lambda: self._inner.write_blocking(pages))
+
+    def delete_blocking(self, names: Sequence[PageName]) -> int:
+        return self._sabotaged("delete", lambda: self._inner.delete_blocking(names))
+
+    def clear_blocking(self, namespace: str) -> int:
+        return self._sabotaged("clear", lambda: self._inner.clear_blocking(namespace))
+
+    def touch_blocking(self, names: Sequence[PageName]) -> None:
+        self._inner.touch_blocking(names)
+
+    def info(self) -> dict[str, str]:
+        return self._inner.info() | {"sabotaged": ",".join(self._faults)}
+
+    def stats(self) -> dict[str, int]:
+        return self._inner.stats() | {f"faults_{call}": count for call, count in self._hits.items()}
+
+    def close_blocking(self) -> None:
+        self._sabotaged("close", self._inner.close_blocking)
+
+    def _hits_pages(self, call: str) -> bool:
+        fault = self._faults.get(call)
+        return fault is not None and fault.kind in _PAGE_KINDS
+
+    def _strikes(self, call: str, fault: Fault) -> bool:
+        """Counts the call or page, and says whether the fault hits it."""
+        number = self._numbers[call]
+        self._numbers[call] += 1
+        if number < fault.first or (fault.count is not None and number >= fault.first + fault.count):
+            return False
+        if xxhash.xxh3_64_intdigest(f"{call} {number}") >= fault.share * 2**64:
+            return False
+        self._hits[call] += 1
+        return True
+
+    def _sabotaged(self, name: str, call: Callable[[], Any]) -> Any:
+        """A whole call, with what goes wrong before or after it."""
+        fault = self._faults.get(name)
+        if fault is None or not self._strikes(name, fault):
+            return call()
+        match fault.kind:
+            case "error" | "no_space":
+                raise _error(fault, name)
+            case "exception":
+                raise SabotageError(f"sabotaged {name}")
+            case "hold":
+                Gate.pass_blocking(fault.gate)
+            case "hang":
+                threading.Event().wait()
+            case "crash":
+                os.kill(os.getpid(), signal.SIGKILL)
+        answer = call()
+        match fault.kind:
+            case "none":
+                return None
+            case "wrong_type":
+                return "yes"
+            case "short_list":
+                return answer[:-1]
+        return answer
+
+    def _read(self, page: IncomingPage) -> PageOutcome:
+        fault = self._faults["read"]
+        if not self._strikes("read", fault):
+            return _only(self._inner.read_blocking([page]))
+        if fault.kind in ("error", "no_space"):
+            return _error(fault, "read")
+        if fault.kind == "disappear":
+            self._inner.delete_blocking([page.name])
+        outcome = _only(self._inner.read_blocking([page]))
+        if outcome is not PageResult.HIT:
+            return outcome
+        if fault.kind == "short":
+            return PageResult.WRONG_SIZE
+        if fault.kind == "flip":
+            # What the inner backend let the page hash is older than the damage.
+            page.restart()
+            page.payload[len(page.payload) // 2] ^= 0x10
+        return outcome
+
+    def _write(self, page: OutgoingPage) -> PageOutcome:
+        fault = self._faults["write"]
+        if not self._strikes("write", fault):
+            return _only(self._inner.write_blocking([page]))
+        if fault.kind in ("error", "no_space"):
+            return _error(fault, "write")
+        page.header()
+        if fault.kind == "flip":
+            damaged = bytearray(page.payload)
+            damaged[len(damaged) // 2] ^= 0x10
+            page.payload = memoryview(damaged)
+        return _only(self._inner.write_blocking([page]))
+
+
+def _only(outcomes: list[PageOutcome]) -> PageOutcome:
+    return outcomes[0]
+
+
+def _error(fault: Fault, call: str) -> StorageError:
+    return StorageError(f"sabotaged {call}", "no_space" if fault.kind == "no_space" else "io")

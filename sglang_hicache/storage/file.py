@@ -1,0 +1,378 @@
+"""Pages as files in one private folder.
+
+    <root>/<namespace>/<first two digits of the key>/<key>.<head_start>-<head_end>.page
+    <root>/tmp/<rank>-<nonce>/      pages being written by one process, and the lock that says it lives
+
+Who owns what: a file below a namespace is immutable once it has its name; it appears by `rename` and goes by `unlink`,
+so that a reader meets a whole page or none, whatever happened to a writer.  Several processes and servers may share
+the folder.  A temporary folder belongs to the process that holds the `flock` on its `lock` file; the kernel drops that
+lock with the process, and whoever opens the store next sweeps what the dead left behind.
+
+Called by the two lanes of a storage process (see `backend.py`).  Never follows a symbolic link to a page, never creates
+anything that another user could read.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import os
+import pwd
+import re
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sglang_hicache.errors import StorageError
+from sglang_hicache.storage.backend import OpenContext, PageOutcome, PageResult, StorageBackend
+from sglang_hicache.storage.page_format import (
+    CHUNK_BYTES,
+    HEADER_BYTES,
+    MAGIC,
+    IncomingPage,
+    OutgoingPage,
+    PageName,
+)
+from sglang_hicache.storage.settings import FileSettings
+
+#: A default only: a folder named in the extra config wins over it.
+STORAGE_DIR_ENV = "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"
+
+#: Files touched less than this ago are left alone: a touch costs as much as reading a small page.  Orders of use that
+#: are finer than this are told by the depth in the header (deeper goes first), so a coarse touch stays prefix-closed.
+TOUCH_INTERVAL_S = 60.0
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_FAN_OUT = re.compile(r"[0-9a-f]{2}")
+_PAGE_FILE = re.compile(r"[0-9a-f]{64}\.[0-9]+-[0-9]+\.page")
+
+
+class FileBackend(StorageBackend):
+    """One process's access to the folder."""
+
+    def __init__(self, settings: FileSettings, context: OpenContext) -> None:
+        self._root = storage_folder(settings.file_storage_path)
+        self._fsync = settings.fsync
+        self._rank = context.rank
+        self._temporary: _TemporaryFolder | None = None
+
+    def __repr__(self) -> str:
+        return f"<FileBackend {self._root} fsync={self._fsync}>"
+
+    def open_blocking(self) -> None:
+        try:
+            _make_private(self._root)
+            _refuse_unsafe(self._root)
+            _make_private(self._root / "tmp")
+            _sweep(self._root / "tmp")
+            self._temporary = _TemporaryFolder.create(self._root / "tmp", self._rank)
+        except OSError as error:
+            raise _fault(f"cannot use {self._root} as storage folder", error) from error
+
+    def exists_blocking(self, names: Sequence[PageName]) -> int:
+        for index, name in enumerate(names):
+            try:
+                os.stat(self._path(name), follow_symlinks=False)
+            except FileNotFoundError:
+                return index
+            except OSError as error:
+                raise _fault("cannot look up a page", error) from error
+        return len(names)
+
+    def read_blocking(self, pages: Sequence[IncomingPage]) -> list[PageOutcome]:
+        outcomes: list[PageOutcome] = []
+        for page in pages:
+            outcomes.append(self._read(page))
+            if outcomes[-1] is not PageResult.HIT:
+                break
+        return outcomes
+
+    def write_blocking(self, pages: Sequence[OutgoingPage]) -> list[PageOutcome]:
+        outcomes: list[PageOutcome] = []
+        for page in pages:
+            outcomes.append(self._write(page))
+            if isinstance(outcomes[-1], StorageError):
+                break
+        return outcomes
+
+    def delete_blocking(self, names: Sequence[PageName]) -> int:
+        return sum(_unlink(self._path(name)) for name in names)
+
+    def clear_blocking(self, namespace: str) -> int:
+        try:
+            removed = sum(_unlink(path) for path in self._own_pages(namespace))
+        except OSError as error:
+            raise _fault("cannot clear", error) from error
+        return removed
+
+    def touch_blocking(self, names: Sequence[PageName]) -> None:
+        now_s = time.time()
+        try:
+            if now_s - os.stat(self._path(names[-1])).st_mtime < TOUCH_INTERVAL_S:
+                return
+            for name in reversed(names):
+                os.utime(self._path(name), (now_s, now_s))
+        except FileNotFoundError:
+            # Somebody cleared or evicted meanwhile; what is gone needs no longer life.
+            return
+        except OSError as error:
+            raise _fault("cannot touch a page", error) from error
+
+    def info(self) -> dict[str, str]:
+        return {"path": str(self._root), "fsync": self._fsync}
+
+    def close_blocking(self) -> None:
+        if self._temporary is not None:
+            self._temporary.close()
+            self._temporary = None
+
+    def _path(self, name: PageName) -> str:
+        key = name.key.hex()
+        return f"{self._root}/{name.namespace}/{key[:2]}/{key}.{name.head_start}-{name.head_end}.page"
+
+    def _read(self, page: IncomingPage) -> PageOutcome:
+        try:
+            descriptor = os.open(self._path(page.name), os.O_RDONLY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return PageResult.MISS
+        except OSError as error:
+            return _fault(f"cannot open page {page.name}", error)
+        try:
+            return PageResult.HIT if _fill(descriptor, page) else PageResult.WRONG_SIZE
+        except OSError as error:
+            return _fault(f"cannot read page {page.name}", error)
+        finally:
+            os.close(descriptor)
+
+    def _write(self, page: OutgoingPage) -> PageOutcome:
+        path = self._path(page.name)
+        try:
+            if _has_size(path, page.size_bytes):
+                return PageResult.PRESENT
+            self._write_new(page, path)
+        except OSError as error:
+            return _fault(f"cannot write page {page.name}", error)
+        return PageResult.WRITTEN
+
+    def _write_new(self, page: OutgoingPage, path: str) -> None:
+        if self._temporary is None:
+            raise StorageError("the file backend is not open", "contract")
+        temporary = self._temporary.next_path()
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            try:
+                _pour(descriptor, page)
+                if self._fsync == "data":
+                    os.fdatasync(descriptor)
+                elif self._fsync == "full":
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            self._publish(temporary, path)
+        except OSError:
+            _unlink(temporary)
+            raise
+
+    def _publish(self, temporary: str, path: str) -> None:
+        """Give a complete file its name: from here on every reader sees it, whole."""
+        try:
+            os.rename(temporary, path)
+        except FileNotFoundError:
+            _make_private(Path(path).parent)
+            os.rename(temporary, path)
+        if self._fsync == "full":
+            _sync_folder(Path(path).parent)
+
+    def _own_pages(self, namespace: str) -> Iterator[str]:
+        """Paths of the files that this backend wrote for the namespace; whatever else lies there is not ours."""
+        folder = self._root / namespace
+        if not folder.is_dir():
+            return
+        for fan_out in sorted(folder.iterdir()):
+            if _FAN_OUT.fullmatch(fan_out.name) and fan_out.is_dir() and not fan_out.is_symlink():
+                for entry in os.scandir(fan_out):
+                    if _PAGE_FILE.fullmatch(entry.name) and _is_page(entry):
+                        yield entry.path
+
+
+class _TemporaryFolder:
+    """The folder in which one process writes pages that have no name yet.  It lives as long as its lock is held."""
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self._lock = lock
+        self._numbers = itertools.count()
+
+    @classmethod
+    def create(cls, parent: Path, rank: int) -> _TemporaryFolder:
+        while True:
+            path = parent / f"{rank}-{secrets.token_hex(8)}"
+            path.mkdir(mode=0o700)
+            try:
+                lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            except FileNotFoundError:
+                continue
+            # A sweeper may have taken the lock of the new folder for a dead one's before we had it; then the lock file
+            # is unlinked by the time we get it, and the folder is gone: start again.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.fstat(lock).st_nlink:
+                return cls(path, lock)
+            os.close(lock)
+
+    def next_path(self) -> str:
+        """A path that was never used."""
+        return f"{self.path}/{next(self._numbers)}"
+
+    def close(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def storage_folder(explicit: str) -> Path:
+    """Which folder: the one in the extra config, else the environment's, else a private one of this user."""
+    chosen = explicit or os.environ.get(STORAGE_DIR_ENV, "")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    home = os.environ.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG rules say that a relative path there is to be ignored.
+    base = Path(cache) if os.path.isabs(cache) else Path(home) / ".cache"
+    return base / "sglang_hicache" / "storage"
+
+
+def _make_private(folder: Path) -> None:
+    """Make the folder and what is missing above it, for this user alone whatever the umask says."""
+    missing = [folder, *folder.parents]
+    for path in reversed(missing[: next(i for i, path in enumerate(missing) if path.exists())]):
+        try:
+            path.mkdir(mode=0o700)
+        except FileExistsError:
+            # Another rank was faster.
+            continue
+
+
+def _refuse_unsafe(root: Path) -> None:
+    """A page is only as trustworthy as the folder: whoever may write there may plant KV in somebody's answer."""
+    found = root.stat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise StorageError(f"storage folder {root} is not a folder; name another one", "refused")
+    if found.st_uid != os.geteuid():
+        raise StorageError(
+            f"storage folder {root} belongs to user {found.st_uid}, this server runs as {os.geteuid()}; "
+            "name a folder of your own",
+            "refused",
+        )
+    if found.st_mode & _OTHERS_WRITE:
+        raise StorageError(
+            f"storage folder {root} can be written by others (mode {stat.S_IMODE(found.st_mode):o}); "
+            f"run: chmod go-w {root}",
+            "refused",
+        )
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the temporary folders whose process is dead: nobody holds their lock."""
+    for folder in list(parent.iterdir()):
+        try:
+            lock = os.open(folder / "lock", os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:
+            # Not ours, swept by another rank this moment, or just being made and without a lock yet.
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(lock)
+
+
+def _fill(descriptor: int, page: IncomingPage) -> bool:
+    """Read header and payload; False if the file has another size."""
+    payload = page.payload
+    size = len(payload)
+    # One byte more than there should be: a file that is too long shows without a stat.
+    beyond = bytearray(1)
+    # The first piece is shorter by the header, so that all later reads are aligned in the file.
+    end = min(CHUNK_BYTES - HEADER_BYTES, size)
+    wanted = HEADER_BYTES + end
+    tail = [beyond] if end == size else []
+    if os.preadv(descriptor, [page.header, payload[:end], *tail], 0) != wanted:
+        return False
+    page.arrived(end)
+    while end < size:
+        start, end = end, min(end + CHUNK_BYTES, size)
+        tail = [beyond] if end == size else []
+        if os.preadv(descriptor, [payload[start:end], *tail], HEADER_BYTES + start) != end - start:
+            return False
+        page.arrived(end)
+    return True
+
+
+def _pour(descriptor: int, page: OutgoingPage) -> None:
+    """Write header and payload.  The header comes last, because it holds the hash of the rest."""
+    if len(page.payload) <= CHUNK_BYTES:
+        _write_all(descriptor, [page.header(), page.payload], 0)
+        return
+    for start, chunk in page.chunks():
+        _write_all(descriptor, [chunk], HEADER_BYTES + start)
+    _write_all(descriptor, [page.header()], 0)
+
+
+def _write_all(descriptor: int, buffers: list[bytes | memoryview], offset: int) -> None:
+    wanted = sum(map(len, buffers))
+    written = os.pwritev(descriptor, buffers, offset)
+    if written != wanted:
+        # A regular file takes less than asked when the disk is full; asking again would only say so by errno.
+        raise OSError(errno.ENOSPC, f"only {written} of {wanted} bytes were taken")
+
+
+def _has_size(path: str, size_bytes: int) -> bool:
+    try:
+        return os.stat(path, follow_symlinks=False).st_size == size_bytes
+    except FileNotFoundError:
+        return False
+
+
+def _is_page(entry: os.DirEntry[str]) -> bool:
+    """A file that starts with our magic, or a torn one that is too short to say what it is."""
+    if not entry.is_file(follow_symlinks=False):
+        return False
+    try:
+        descriptor = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        start = os.pread(descriptor, len(MAGIC), 0)
+    finally:
+        os.close(descriptor)
+    return MAGIC.startswith(start)
+
+
+def _unlink(path: str) -> bool:
+    """Remove a file; False if it was not there."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise _fault("cannot delete a page", error) from error
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fault(what: str, error: OSError) -> StorageError:
+    """An error of the system as a value."""
+    return StorageError(f"{what}: {error}", "no_space" if error.errno in _NO_SPACE else "io")

@@ -1,0 +1,108 @@
+"""Which backends there are, what each may be told, and how one is made.
+
+`names`, `spec` and `validate_extra_config` are pure and used in every process that judges an attach command; they import
+no backend.  `create` is called in the storage process alone and imports the one backend that was asked for, because the
+libraries behind a backend cost start-up time and may not even be installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from sglang_hicache.errors import UserError
+from sglang_hicache.storage.backend import OpenContext, StorageBackend
+from sglang_hicache.storage.settings import (
+    BackendSettings,
+    FaultySettings,
+    FileSettings,
+    MemorySettings,
+    PrefetchSettings,
+    split_extra_config,
+)
+
+__all__ = ["BackendSpec", "create", "late_io", "names", "spec", "split_extra_config", "validate_extra_config"]
+
+#: A server started with this set to 1 can be attached to the saboteur.
+ALLOW_FAULTY_ENV = "SGLANG_HICACHE_ALLOW_FAULTY"
+
+
+@dataclass(frozen=True, slots=True)
+class BackendSpec:
+    """Where a backend lives and what it may be told."""
+
+    name: str
+    module: str
+    class_name: str
+    settings: type[BackendSettings]
+    #: See `Capabilities.late_io`: the rank must know it when the process can no longer be asked.
+    late_io: bool = False
+
+
+_SPECS = {
+    found.name: found
+    for found in (
+        BackendSpec("file", "sglang_hicache.storage.file", "FileBackend", FileSettings),
+        BackendSpec("memory", "sglang_hicache.storage.memory", "MemoryBackend", MemorySettings),
+        BackendSpec("faulty", "sglang_hicache.storage.faulty", "FaultyBackend", FaultySettings),
+    )
+}
+
+
+def names() -> list[str]:
+    """Backends that may be attached here."""
+    return [name for name in _SPECS if name != "faulty" or os.environ.get(ALLOW_FAULTY_ENV) == "1"]
+
+
+def spec(name: str) -> BackendSpec:
+    """The entry of one backend."""
+    if name not in names():
+        raise UserError(f"unknown storage backend {name!r}; choose one of: {', '.join(names())}")
+    return _SPECS[name]
+
+
+def validate_extra_config(name: str, text: str | None) -> tuple[PrefetchSettings, BackendSettings]:
+    """Check an extra config without touching anything: the controller's part and the backend's part."""
+    prefetch, config = split_extra_config(text)
+    return prefetch, _convert(spec(name), config)
+
+
+def late_io(name: str, settings: BackendSettings) -> bool:
+    """May host memory of this backend be written after its process died?"""
+    if isinstance(settings, FaultySettings):
+        return settings.late_io or spec(settings.inner).late_io
+    return spec(name).late_io
+
+
+def create(name: str, settings: BackendSettings, context: OpenContext) -> StorageBackend:
+    """Make a backend; it is not open yet."""
+    found = spec(name)
+    module = importlib.import_module(found.module)  # lazy door: only the chosen backend may cost start-up time
+    backend_class = vars(module)[found.class_name]
+    if isinstance(settings, FaultySettings):
+        inner = spec(settings.inner)
+        return backend_class(settings, create(inner.name, _convert(inner, settings.inner_config), context))
+    return backend_class(settings, context)
+
+
+def _convert(found: BackendSpec, config: dict[str, Any]) -> BackendSettings:
+    """The backend's record, or a UserError that names what is allowed."""
+    allowed = found.settings.__struct_fields__
+    takes = f"{found.name} takes {', '.join(allowed)}" if allowed else f"{found.name} takes no extra config"
+    unknown = sorted(set(config) - set(allowed))
+    if unknown:
+        own = ", ".join(PrefetchSettings.__struct_fields__)
+        raise UserError(f"unknown extra config {', '.join(map(repr, unknown))}; {takes} (and every backend {own})")
+    try:
+        settings = msgspec.convert(config, found.settings)
+    except msgspec.ValidationError as error:
+        raise UserError(f"extra config of {found.name}: {error}; {takes}") from error
+    if isinstance(settings, FaultySettings):
+        if settings.inner == "faulty":
+            raise UserError("extra config inner='faulty' is not allowed; sabotage one real backend")
+        _convert(spec(settings.inner), settings.inner_config)
+    return settings

@@ -1,0 +1,114 @@
+"""The extra config of each backend as a record, and the controller's own keys that travel in the same JSON object.
+
+Used by `registry.py` in every process that checks a command; a backend gets its record ready made.  Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import msgspec
+
+from sglang_hicache.errors import UserError
+
+#: A pipe takes this much without anybody reading: the config reaches the storage process before it has started.
+LARGEST_CONFIG_BYTES = 32 * 1024
+
+_DAY_S = 86_400.0
+
+
+class PrefetchSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """When a prefetch is worth while, and how long a request waits for it under the policy `timeout`."""
+
+    #: Fewest tokens to ask the store about, and fewest hits to fetch.
+    prefetch_threshold: int = 256
+    #: Seconds that every prefetch may take.
+    prefetch_timeout_base: float = 1.0
+    #: Seconds on top per 1024 tokens.
+    prefetch_timeout_per_ki_token: float = 0.25
+    #: The backend is told the keys before the first one; kept for clients that send it, pages carry their parent.
+    hicache_storage_pass_prefix_keys: bool = False
+
+
+class BackendSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the record that a backend gets."""
+
+
+class MemorySettings(BackendSettings, frozen=True, kw_only=True):
+    """The reference backend takes nothing."""
+
+
+class FileSettings(BackendSettings, frozen=True, kw_only=True):
+    """Pages as files."""
+
+    #: Folder of the store; "" means SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR, else a private folder of the user.
+    file_storage_path: str = ""
+    #: What must have reached the disk before a page counts as written.  "none" is the default: after a power cut a
+    #: page may be torn, the checksum makes it a miss, and a cache can afford that.  "data" syncs the page, "full"
+    #: its folder as well.
+    fsync: Literal["none", "data", "full"] = "none"
+
+
+FaultKind = Literal[
+    "error", "no_space", "exception", "short", "flip", "disappear", "stale", "hold", "hang", "crash", "none",
+    "short_list", "wrong_type",
+]  # fmt: skip
+
+
+class Fault(BackendSettings, frozen=True, kw_only=True):
+    """What goes wrong in one kind of call."""
+
+    #: What happens; see `faulty.py`.
+    kind: FaultKind
+    #: Number of the first call (for "error", "short", "flip": page) that is hit, counted from 0 since open.
+    first: int = 0
+    #: How many are hit; null for all that follow.
+    count: int | None = None
+    #: Share of the hit ones that really fail, spread evenly by a hash of their number.
+    share: float = 1.0
+    #: Folder of a `Gate`, for "hold".
+    gate: str = ""
+
+
+class FaultySettings(BackendSettings, frozen=True, kw_only=True):
+    """A saboteur around another backend; for tests only."""
+
+    #: Name of the backend inside.
+    inner: str
+    #: Its extra config.
+    inner_config: dict[str, Any] = {}
+    #: Call name (open, exists, read, write, delete, clear, close) to what goes wrong there.
+    faults: dict[Literal["open", "exists", "read", "write", "delete", "clear", "close"], Fault] = {}
+    #: Says of itself that hardware may write after its death.
+    late_io: bool = False
+
+
+def split_extra_config(text: str | None) -> tuple[PrefetchSettings, dict[str, Any]]:
+    """The controller's four keys, checked, and what is left for the backend."""
+    if text and len(text.encode()) > LARGEST_CONFIG_BYTES:
+        raise UserError(f"the extra config is {len(text.encode())} bytes long; at most {LARGEST_CONFIG_BYTES} are allowed")
+    try:
+        config = msgspec.json.decode(text) if text else {}
+    except msgspec.DecodeError as error:
+        raise UserError(f"the extra config is not valid JSON ({error}); give one JSON object") from error
+    if not isinstance(config, dict):
+        raise UserError(f"the extra config is a JSON {type(config).__name__}; give one JSON object like {{}}")
+    own = {name: config.pop(name) for name in PrefetchSettings.__struct_fields__ if name in config}
+    for name, value in own.items():
+        _check_prefetch(name, value)
+    return msgspec.convert(own, PrefetchSettings), config
+
+
+def _check_prefetch(name: str, value: Any) -> None:
+    """One of the controller's keys: type and range."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if name == "hicache_storage_pass_prefix_keys":
+        fits, allowed = isinstance(value, bool), "true or false"
+    elif name == "prefetch_threshold":
+        fits, allowed = number and isinstance(value, int) and 0 <= value < 2**31, "a whole number of tokens >= 0"
+    else:
+        fits = number and math.isfinite(value) and 0 <= value <= _DAY_S
+        allowed = f"seconds, a number from 0 to {_DAY_S:.0f}"
+    if not fits:
+        raise UserError(f"extra config {name}={msgspec.json.encode(value).decode()} is not allowed; it takes {allowed}")
