@@ -1,0 +1,78 @@
+"""Reads an extra config as people give it: a JSON object, or `@path` of a JSON, TOML or YAML file.
+
+Used by the launcher for the command line (any path) and by the tokenizer for HTTP (only below the folder that
+`--hicache-config-dir` opened).  Returns the one form that travels further: a JSON object as text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from sglang_hicache.errors import UserError
+
+SUFFIXES = (".json", ".toml", ".yaml", ".yml")
+
+
+def extra_config_json(text: str | None, *, below: str | None = None) -> str | None:
+    """The extra config as one line of JSON; None stays None.
+
+    `below` is the only folder from which `@path` may read ("": no folder at all); None reads from anywhere.
+    """
+    if text is None:
+        return None
+    if text.lstrip().startswith("@"):
+        path = _permitted(Path(text.strip()[1:]), below)
+        value = _read(path)
+        source = str(path)
+    else:
+        value = _parsed("the extra config", lambda: json.loads(text or "{}"))
+        source = "the extra config"
+    if not isinstance(value, dict):
+        raise UserError(f"{source} holds a {type(value).__name__}; an extra config is one object of names and values")
+    return _parsed(source, lambda: json.dumps(value, allow_nan=False))
+
+
+def _permitted(path: Path, below: str | None) -> Path:
+    if below is None:
+        return path
+    if not below:
+        raise UserError(
+            f"extra config @{path} is not read over HTTP: this server was started without --hicache-config-dir; "
+            "send the JSON itself"
+        )
+    folder = Path(os.path.realpath(below))
+    real = Path(os.path.realpath(folder / path))  # links are followed first: a link out of the folder is outside
+    if folder not in real.parents:
+        raise UserError(f"extra config @{path} is not below the folder that --hicache-config-dir allows")
+    return real
+
+
+def _read(path: Path) -> Any:
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"extra config file {str(path)!r} must end in one of: {', '.join(SUFFIXES)}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read extra config file {str(path)!r}: {error}") from error
+    if path.suffix == ".json":
+        return _parsed(str(path), lambda: json.loads(text))
+    if path.suffix == ".toml":
+        return _parsed(str(path), lambda: tomllib.loads(text))
+    import yaml  # lazy door: few use it, and every process that reads a config would load it
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _parsed(source: str, parse: Any) -> Any:
+    """Run `parse`; what it refuses is the user's mistake (TypeError: a TOML date has no JSON form)."""
+    try:
+        return parse()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{source} cannot be used: {error}; give one JSON object, or @file") from error
