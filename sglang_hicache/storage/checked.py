@@ -54,7 +54,9 @@ class CheckedStore:
         names = [self._layout.name(key) for key in keys]
         return _count(self._backend.exists_blocking(names), "exists", len(names))
 
-    def read_blocking(self, keys: Sequence[bytes], payloads: Sequence[memoryview], previous: bytes = b"") -> BatchResult:
+    def read_blocking(
+        self, keys: Sequence[bytes], payloads: Sequence[memoryview], previous: bytes = b""
+    ) -> BatchResult:
         """Read pages in order; `previous` is the key before the first one, b"" if the caller does not know it."""
         pages = [IncomingPage(self._layout, key, payload) for key, payload in zip(keys, payloads, strict=True)]
         arrived, stopped = self._repeat("read", self._backend.read_blocking, pages, (PageResult.HIT,))
@@ -144,9 +146,7 @@ class CheckedStore:
         return BatchResult(whole, corrupt=1, reason=f"corrupt: {what}")
 
 
-def _call(
-    name: str, call: Callable[[Sequence[_Page]], list[PageOutcome]], pages: Sequence[_Page]
-) -> list[PageOutcome]:
+def _call(name: str, call: Callable[[Sequence[_Page]], list[PageOutcome]], pages: Sequence[_Page]) -> list[PageOutcome]:
     """One call; a fault of the whole call is a fault of its first page."""
     try:
         outcomes = call(pages)

@@ -52,7 +52,9 @@ class Gate:
 
     def wait_inside_blocking(self, timeout_s: float = 10.0) -> None:
         """Return when a call has arrived at the gate."""
-        if not select.select([self._inside], [], [], timeout_s)[0]:
+        poll = select.poll()
+        poll.register(self._inside, select.POLLIN)
+        if not poll.poll(timeout_s * 1000):
             raise TimeoutError(f"nobody came to the gate {self.folder} in {timeout_s} s")
         os.read(self._inside, 1)
 

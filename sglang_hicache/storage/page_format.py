@@ -1,8 +1,8 @@
 """What a stored page looks like: a header that says what the page is, its bytes, and a checksum over both.
 
-Used by `checked.py`, and by backends that hash while a page is warm in the CPU's cache.  Pure: no file, thread, clock or
-socket.  It never copies a payload: a payload is a view of the host pool, and the header travels in a small buffer of
-its own (`preadv`, `pwritev`).  All numbers are little endian:
+Used by `checked.py`, and by backends that hash while a page is warm in the CPU's cache.  Pure: no file, thread, clock
+or socket.  It never copies a payload: a payload is a view of the host pool, and the header travels in a small buffer
+of its own (`preadv`, `pwritev`).  All numbers are little endian:
 
     offset  0  magic (8) · format version (2) · number of parts (2) · header size (4)
            16  namespace (32) · page key (32) · key of the parent page (32, zeros at the root)

@@ -1,8 +1,8 @@
 """Which backends there are, what each may be told, and how one is made.
 
-`names`, `spec` and `validate_extra_config` are pure and used in every process that judges an attach command; they import
-no backend.  `create` is called in the storage process alone and imports the one backend that was asked for, because the
-libraries behind a backend cost start-up time and may not even be installed.
+`names`, `spec` and `validate_extra_config` are pure and used in every process that judges an attach command; they
+import no backend.  `create` is called in the storage process alone and imports the one backend that was asked for,
+because the libraries behind a backend cost start-up time and may not even be installed.
 """
 
 from __future__ import annotations

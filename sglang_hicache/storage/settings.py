@@ -86,8 +86,9 @@ class FaultySettings(BackendSettings, frozen=True, kw_only=True):
 
 def split_extra_config(text: str | None) -> tuple[PrefetchSettings, dict[str, Any]]:
     """The controller's four keys, checked, and what is left for the backend."""
-    if text and len(text.encode()) > LARGEST_CONFIG_BYTES:
-        raise UserError(f"the extra config is {len(text.encode())} bytes long; at most {LARGEST_CONFIG_BYTES} are allowed")
+    size_bytes = len(text.encode()) if text else 0
+    if size_bytes > LARGEST_CONFIG_BYTES:
+        raise UserError(f"the extra config is {size_bytes} bytes long; at most {LARGEST_CONFIG_BYTES} are allowed")
     try:
         config = msgspec.json.decode(text) if text else {}
     except msgspec.DecodeError as error:

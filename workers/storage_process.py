@@ -1,0 +1,255 @@
+"""The process that owns a storage backend for one rank: `... storage_process rank 1 file`.
+
+Started by `storage_client.py` and by nobody else.  It maps the rank's host pool and moves pages in place, so that a
+backend that hangs, leaks or crashes takes this process with it and never the rank.  Torch is not imported: that would
+cost seconds at every attach.
+
+Who owns what: the main thread owns the sockets, the line to the parent and the end of the process.  Two lanes own the
+calls into the backend once it is open; they hand their reports to the `Outbox`, which wakes the main thread.
+
+How it ends: told to stop, or the rank closes its end of the pipe: batches that run are finished, the backend is closed,
+exit 0.  The rank dies: the kernel kills this process at once.  It hangs: the rank kills the process group.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections import deque
+
+import msgspec
+
+from sglang_hicache import wire
+from sglang_hicache.cache.pools import HostPool
+from sglang_hicache.config import LogConfig
+from sglang_hicache.errors import HiCacheError, ProtocolError, StorageError
+from sglang_hicache.observe import secrets_in, start_logging
+from sglang_hicache.sockets import Poller, Pull, Push, ipc_address
+from sglang_hicache.storage import registry
+from sglang_hicache.storage.backend import OpenContext, StorageBackend
+from sglang_hicache.storage.checked import CheckedStore
+from sglang_hicache.storage.page_format import PageLayout, Part
+from sglang_hicache.workers.storage_lanes import ClearOp, Lane, LookupOp, Op, ReadOp, WriteOp
+
+_logger = logging.getLogger(__name__)
+
+EXIT_OPEN_FAILED = 1
+EXIT_PARENT_DIED = 3
+
+#: The config arrives on standard input, which stays open: its end of file says that the rank lets go of us.
+CONFIG_FD = 0
+
+#: How long to wait before a full socket to the rank is tried again.  A rank that does not read is busy or dead.
+_RETRY_MS = 5
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
+    """What the process is told through the pipe, before any socket exists."""
+
+    open: wire.OpenBackend
+    #: Descriptor of the host pool, inherited under the same number.
+    host_fd: int
+    run_dir: str
+    parent_pid: int
+
+
+def socket_names(rank: int, epoch: int) -> tuple[str, str]:
+    """Names of the sockets to and from the storage process of one attachment."""
+    return f"storage_{rank}_{epoch}_to", f"storage_{rank}_{epoch}_from"
+
+
+class Outbox:
+    """Messages for the rank, put in by any thread and sent by the main thread, in order, none lost."""
+
+    def __init__(self, push: Push) -> None:
+        self._push = push
+        self._messages: deque[wire.FromStorage] = deque()
+        self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    def put(self, message: wire.FromStorage) -> None:
+        """Any thread."""
+        self._messages.append(message)
+        self.wake()
+
+    def wake(self) -> None:
+        """Make the main thread look.  Any thread."""
+        os.eventfd_write(self.wake_fd, 1)
+
+    def quieten(self) -> None:
+        """The main thread is awake and will look."""
+        os.eventfd_read(self.wake_fd)
+
+    def flush(self) -> None:
+        """Send what the socket takes.  Main thread."""
+        while self._messages and self._push.send(self._messages[0]):
+            self._messages.popleft()
+
+
+class Supervisor:
+    """The main thread: reads the rank's messages, feeds the lanes, sends what they report."""
+
+    def __init__(self, opened: wire.OpenBackend, backend: StorageBackend, pool: HostPool, pull: Pull, outbox: Outbox):
+        self._opened = opened
+        self._pool = pool
+        self._pull = pull
+        self._outbox = outbox
+        self._is_stopping = False
+        layout = page_layout(opened)
+        self._prefetch_store = CheckedStore(backend, layout)
+        self._backup_store = CheckedStore(backend, layout)
+        self._prefetch = Lane("prefetch", outbox.put, outbox.wake)
+        self._backup = Lane("backup", outbox.put, outbox.wake)
+
+    def run_blocking(self, parent_pid: int) -> None:
+        """Serve until told to stop and both lanes are done."""
+        poller = Poller()
+        for thing in (self._pull, self._outbox.wake_fd, CONFIG_FD):
+            poller.register(thing)
+        self._prefetch.start()
+        self._backup.start()
+        while self._outbox or not (self._prefetch.has_ended and self._backup.has_ended):
+            ready = poller.wait(_RETRY_MS if self._outbox else None)
+            if self._outbox.wake_fd in ready:
+                self._outbox.quieten()
+            if CONFIG_FD in ready:
+                exit_if_orphaned(parent_pid)
+                poller.unregister(CONFIG_FD)
+                self._stop()
+            for message in self._pull.receive_all():
+                self._handle(message)
+            self._outbox.flush()
+
+    def _stop(self) -> None:
+        if not self._is_stopping:
+            self._is_stopping = True
+            self._prefetch.stop()
+            self._backup.stop()
+
+    def _handle(self, message: wire.ToStorage) -> None:
+        match message:
+            case wire.StopBackend():
+                self._stop()
+            case wire.RevokeOp():
+                self._prefetch.revoke(message.op_id)
+                self._backup.revoke(message.op_id)
+            case wire.ClearPages():
+                if not self._backup.submit(ClearOp(self._backup_store, message.command_id)):
+                    self._outbox.put(wire.ClearDone(command_id=message.command_id, reason="queue_full"))
+            case wire.LookupPages():
+                self._submit(self._prefetch, LookupOp(self._prefetch_store, message.op_id, message.keys))
+            case wire.ReadPages() | wire.WritePages():
+                self._transfer(message)
+            case _:
+                raise ProtocolError(f"{type(message).__name__} after the backend was opened")
+
+    def _transfer(self, message: wire.ReadPages | wire.WritePages) -> None:
+        if isinstance(message, wire.WritePages) and not self._opened.writes:
+            # The lowest rank that owns these heads writes them; for this rank they are as good as written.
+            done = len(message.keys)
+            self._outbox.put(wire.OpProgress(op_id=message.op_id, pages=done, settled=True, closed=True))
+            return
+        try:
+            if isinstance(message, wire.WritePages):
+                self._submit(self._backup, WriteOp(self._backup_store, message, self._pool))
+            else:
+                self._submit(self._prefetch, ReadOp(self._prefetch_store, message, self._pool))
+        except StorageError as error:
+            self._refuse(message.op_id, str(error))
+
+    def _submit(self, lane: Lane, op: Op) -> None:
+        if not lane.submit(op):
+            self._refuse(op.op_id, "queue_full")
+
+    def _refuse(self, op_id: int, reason: str) -> None:
+        self._outbox.put(wire.OpProgress(op_id=op_id, pages=0, settled=True, closed=True, reason=reason))
+
+
+def page_layout(opened: wire.OpenBackend) -> PageLayout:
+    """What all pages of this rank have in common."""
+    parts = (Part("kv", opened.page_bytes),)
+    return PageLayout(opened.namespace, opened.head_start, opened.head_end, parts)
+
+
+def open_backend_blocking(opened: wire.OpenBackend) -> StorageBackend:
+    """Make the backend, open it, and see that it keeps what it is given.  Closed again if it does not."""
+    _, settings = registry.validate_extra_config(opened.backend, opened.extra_config_json)
+    context = OpenContext(rank=opened.rank, namespace=opened.namespace, page_bytes=opened.page_bytes)
+    backend = registry.create(opened.backend, settings, context)
+    try:
+        backend.open_blocking()
+        CheckedStore(backend, page_layout(opened)).self_test_blocking(opened.rank)
+    except BaseException:
+        backend.close_blocking()
+        raise
+    return backend
+
+
+def exit_if_orphaned(parent_pid: int) -> None:
+    """Nobody is left to work for: end without another word, even if a lane hangs."""
+    if os.getppid() != parent_pid:
+        os._exit(EXIT_PARENT_DIED)
+
+
+def _die_with_parent(parent_pid: int) -> None:
+    """Ask the kernel to kill us when the thread that started us dies, and see that it has not died already."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    exit_if_orphaned(parent_pid)
+
+
+def read_bootstrap(descriptor: int) -> Bootstrap:
+    """The config: a length of 4 bytes, then as much msgpack, written before this process was started."""
+    size = int.from_bytes(os.read(descriptor, 4), "little")
+    return msgspec.msgpack.decode(os.read(descriptor, size), type=Bootstrap)
+
+
+def serve_blocking(bootstrap: Bootstrap) -> int:
+    """Open, serve, close; the exit status."""
+    opened = bootstrap.open
+    to_name, from_name = socket_names(opened.rank, opened.epoch)
+    pull = Pull(ipc_address(bootstrap.run_dir, to_name), wire.ToStorage, bind=True)
+    push = Push(ipc_address(bootstrap.run_dir, from_name), wire.FromStorage, bind=False)
+    pool = HostPool.attach(bootstrap.host_fd, opened.host_pages, opened.page_bytes)
+    try:
+        try:
+            backend = open_backend_blocking(opened)
+        except Exception as error:  # process edge: whatever a backend's library throws is the answer of this attach
+            reason = str(error) if isinstance(error, HiCacheError) else f"{type(error).__name__}: {error}"
+            _logger.warning("cannot attach: %s", reason)
+            push.send(wire.BackendOpenFailed(epoch=opened.epoch, reason=reason))
+            return EXIT_OPEN_FAILED
+        _logger.info("attached %r", backend, extra={"epoch": opened.epoch})
+        outbox = Outbox(push)
+        outbox.put(wire.BackendOpened(epoch=opened.epoch, info=backend.info()))
+        Supervisor(opened, backend, pool, pull, outbox).run_blocking(bootstrap.parent_pid)
+        _logger.info("detached: %s", backend.stats())
+        backend.close_blocking()
+        return 0
+    finally:
+        pull.close()
+        push.close()
+
+
+def main() -> int:
+    """The process."""
+    bootstrap = read_bootstrap(CONFIG_FD)
+    _die_with_parent(bootstrap.parent_pid)
+    opened = bootstrap.open
+    config = msgspec.json.decode(opened.extra_config_json or "{}")
+    start_logging(
+        f"storage rank {opened.rank} {opened.backend}",
+        LogConfig(format=opened.log_format, level=opened.log_level),
+        secrets_in(config),
+    )
+    return serve_blocking(bootstrap)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
