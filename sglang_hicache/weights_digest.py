@@ -1,0 +1,124 @@
+"""Which files hold a model's weights, and one digest of what they say.
+
+The digest is the part of a page's name that no other fact may replace: two checkpoints under the same name, or
+one path whose files changed, must never read each other's pages.  It is made of contents only.  Reading
+gigabytes at every start would be slow, so each file's own digest is kept in a private cache under the file's
+inode, size and time of change: a hint where to look, never a part of the digest.  Called once per start by the
+launcher; no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from sglang_hicache.errors import UserError
+
+_INDEX_NAME = "model.safetensors.index.json"
+_SINGLE_NAME = "model.safetensors"
+_READ_BYTES = 8 << 20
+
+
+class _Index(msgspec.Struct):
+    """The part of a sharded checkpoint's index that says which file holds which tensor."""
+
+    weight_map: dict[str, str]
+
+
+class _CachedDigest(msgspec.Struct, frozen=True):
+    """A file as it was when it was read, and what it said."""
+
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+    digest: str
+
+
+def weight_files(path: str) -> list[Path]:
+    """The safetensors files of a model directory, in name order; other files there are not weights."""
+    folder = Path(path)
+    index = folder / _INDEX_NAME
+    if index.is_file():
+        try:
+            names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
+        except (msgspec.MsgspecError, OSError) as error:
+            raise UserError(f"{index} cannot be read as a weights index: {error}") from error
+        files = [folder / name for name in names]
+    elif (folder / _SINGLE_NAME).is_file():
+        files = [folder / _SINGLE_NAME]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{path} holds no safetensors weights; expected {_SINGLE_NAME} or {_INDEX_NAME}")
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is missing: {_INDEX_NAME} names it; download the model again")
+    return files
+
+
+def weights_digest(path: str, cache_file: str) -> str:
+    """SHA-256 over the names and contents of the weight files, 64 hex digits."""
+    cache = _read_cache(cache_file)
+    fresh: dict[str, _CachedDigest] = {}
+    whole = hashlib.sha256()
+    for file in weight_files(path):
+        name = str(file.resolve())
+        known = cache.get(name)
+        status = file.stat()
+        if known is None or (known.inode, known.size_bytes, known.mtime_ns) != (
+            status.st_ino,
+            status.st_size,
+            status.st_mtime_ns,
+        ):
+            known = fresh[name] = _CachedDigest(status.st_ino, status.st_size, status.st_mtime_ns, _hash_file(file))
+        # The name says which shard it is; both parts have a fixed end, so no two lists of files run together.
+        whole.update(file.name.encode() + b"\0" + bytes.fromhex(known.digest))
+    if fresh:
+        _write_cache(cache_file, cache | fresh)
+    return whole.hexdigest()
+
+
+def _hash_file(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb", buffering=0) as stream:
+        while block := stream.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_cache(cache_file: str) -> dict[str, _CachedDigest]:
+    """What is known; nothing when the cache is missing, broken, or could have been written by somebody else.
+
+    Who can write this file can make two models share their pages, so a file of another user, or one that others
+    may write, counts as missing.
+    """
+    try:
+        descriptor = os.open(cache_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return {}
+    with os.fdopen(descriptor, "rb") as stream:
+        status = os.fstat(descriptor)
+        if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
+            return {}
+        try:
+            return msgspec.json.decode(stream.read(), type=dict[str, _CachedDigest])
+        except msgspec.MsgspecError:
+            return {}
+
+
+def _write_cache(cache_file: str, entries: dict[str, _CachedDigest]) -> None:
+    """Replace the cache in one step.  A cache that cannot be written costs the next start some time, no more."""
+    folder = os.path.dirname(cache_file) or "."
+    with contextlib.suppress(OSError):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        # mkstemp makes the file 0600.
+        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".weights-")
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(msgspec.json.encode(entries))
+        os.replace(temporary, cache_file)
