@@ -185,7 +185,7 @@ class SchedulerCore:
 
     def has_work(self) -> bool:
         """The next tick would compute something without any news."""
-        return bool(self.admission.running) or self.admission.will_admit()
+        return bool(self.admission.running) or self.admission.will_admit() or self.tiers.has_unsent()
 
     def next_deadline_us(self) -> int | None:
         """When the leader's clock changes something by itself."""

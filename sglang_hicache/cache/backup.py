@@ -49,6 +49,10 @@ class BackupQueue:
             dropped = self._queue.pop(next(iter(self._queue)))
             self.counters["queue_full"] += dropped.page_count * self._page_size
 
+    def can_start(self) -> bool:
+        """A call of `pump` would start something, or empty the queue."""
+        return bool(self._queue) and len(self._writing) < MAX_WRITES
+
     def pump(self, now_us: int) -> None:
         """Start as many writes as may run."""
         tag = self._storage.tag

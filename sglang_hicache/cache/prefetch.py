@@ -21,7 +21,7 @@ from sglang_hicache.cache.controller import CacheController
 from sglang_hicache.cache.op import Op, OpKind, OpPhase
 from sglang_hicache.cache.page import page_keys
 from sglang_hicache.cache.storage_ops import StorageOps
-from sglang_hicache.cache.tree import Match
+from sglang_hicache.cache.tree import Match, Node
 from sglang_hicache.storage.settings import PrefetchSettings
 
 #: Prefetches may claim this share of the host pool: more, and they evict what they are about to need.
@@ -232,10 +232,12 @@ class Prefetcher:
         self.counters["prefetched"] += len(pages) * self._page_size
         tag = (op.epoch, op.generation)
         if self._storage.is_stored(tag):
-            for part in self._controller.tree.span(node, len(pages)):
+            part: Node | None = node
+            while part is not None and part.depth_pages >= prefetch.start_page and part.page_count:
                 part.stored = tag
+                part = part.parent
 
-    def close(self, op: Op, tick: int) -> None:
+    def close(self, op: Op) -> None:
         """No rank touches the pages any more."""
         if op.kind is OpKind.READ and op.phase is OpPhase.SETTLED and op.host_pages:
             self._controller.host.free(op.host_pages)

@@ -60,6 +60,9 @@ class StorageOps:
         self._ops.remove(op)
         self.instructions += self._slot.handle(OpClosed(op.epoch))
 
+    def has_unsent(self) -> bool:
+        return bool(self.messages or self.instructions)
+
     def take(self) -> tuple[list[tuple[int, wire.ToStorage]], list[Instruction]]:
         messages, instructions = self.messages, self.instructions
         self.messages, self.instructions = [], []

@@ -1,0 +1,412 @@
+"""A server of N scheduler cores in one process, under a scripted world: delays, failures, a small memory.
+
+Every rank is the real `SchedulerCore`; the leader is the real `Leader`.  Workers and storage processes are played:
+a worker keeps per page a digest of the tokens it holds and refuses to compute on a page that holds anything else,
+so a page that is reused, published or loaded too early shows as wrong bytes.  Which thing happens next is drawn
+from one seed, so every failure repeats itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import deque
+
+from sglang_hicache import wire
+from sglang_hicache.config import (
+    CacheConfig,
+    HttpConfig,
+    ModelConfig,
+    PoolConfig,
+    SchedulerConfig,
+    ServerConfig,
+    StorageConfig,
+)
+from sglang_hicache.scheduler.core import SchedulerCore
+from sglang_hicache.scheduler.tick import Leader
+from sglang_hicache.storage.attachment_events import Kill, Spawn, Stop
+from sglang_hicache.workers.batch import ForwardBatch
+
+PAGE = 4
+#: A follower this far behind catches up before the leader goes on (in a server the forward sees to that).
+MOST_PLANS_BEHIND = 6
+
+
+def server_config(ranks: int = 2, device_pages: int = 24, host_pages: int = 40, **cache: object) -> ServerConfig:
+    """A tiny server."""
+    storage = StorageConfig(op_timeout_s=5.0, drain_timeout_s=2.0, lookup_timeout_s=0.2)
+    return ServerConfig(
+        model=ModelConfig(
+            path="", tokenizer_path="", served_name="m", dtype="float32", context_length=4096, eos_token_ids=(7,)
+        ),
+        pool=PoolConfig(page_size=PAGE, device_tokens=device_pages * PAGE, host_tokens=host_pages * PAGE),
+        cache=CacheConfig(hierarchical=True, **cache),
+        storage=storage,
+        scheduler=SchedulerConfig(max_running_requests=4, chunked_prefill_size=24, check_digests=True),
+        http=HttpConfig(),
+        tp_size=ranks,
+        run_dir="",
+    )
+
+
+def page_digest(before: str, tokens: list[int]) -> str:
+    return hashlib.sha256(f"{before}{tokens}".encode()).hexdigest()[:12]
+
+
+class PlayedWorker:
+    """Computes nothing, remembers what every page holds."""
+
+    def __init__(self, device_pages: int, host_pages: int) -> None:
+        self.device: list[tuple[int, ...] | None] = [None] * (device_pages + 1)
+        self.host: list[tuple[int, ...] | None] = [None] * host_pages
+
+    def copy_out(self, device_pages: list[int], host_pages: list[int]) -> None:
+        for device, host in zip(device_pages, host_pages, strict=True):
+            self.host[host] = self.device[device]
+
+    def copy_in(self, device_pages: list[int], host_pages: list[int]) -> None:
+        for device, host in zip(device_pages, host_pages, strict=True):
+            self.device[device] = self.host[host]
+
+    def forward(self, batch: ForwardBatch, whole: dict[int, list[int]]) -> list[int]:
+        """`whole[i]`: all tokens of row i up to the end of its share, for the check of its cached pages."""
+        sampled = []
+        for i, row in enumerate(batch.rows):
+            tokens = whole[i]
+            assert tokens[row.prefix_len :] == row.token_ids
+            for page, at in zip(row.pages, range(0, row.prefix_len, PAGE)):
+                want = tuple(tokens[: min(at + PAGE, row.prefix_len)])
+                held = self.device[page]
+                assert held is not None and held[: len(want)] == want, (
+                    f"page {page} holds {held}, tokens {at}.. want {want}"
+                )
+            for page, at in zip(row.pages, range(0, len(tokens), PAGE)):
+                if at + PAGE > row.prefix_len:
+                    self.device[page] = tuple(tokens[: at + PAGE])
+            if row.sampling is not None:
+                sampled.append(next_token(tokens))
+        return sampled
+
+
+def next_token(tokens: list[int]) -> int:
+    """The model: some function of the whole text."""
+    return int(page_digest("", tokens), 16) % 50 + 8
+
+
+class PlayedStorage:
+    """One storage process of one rank and epoch."""
+
+    def __init__(self, rank: SimRank, spawn: Spawn, store: dict, faults: random.Random, fault_rate: float) -> None:
+        self.rank, self.epoch, self.store = rank, spawn.epoch, store
+        self.faults, self.fault_rate = faults, fault_rate
+        self.state = "opening"
+        self.queue: deque[wire.ToStorage] = deque()
+        self.revoked: set[int] = set()
+        self.progress: dict[int, int] = {}
+
+    def bad(self) -> bool:
+        return self.faults.random() < self.fault_rate
+
+    def tell(self, kind: str, detail: str = "") -> None:
+        self.rank.storage_facts.append(wire.StorageFact(kind, self.epoch, detail))
+
+    def end(self) -> None:
+        self.state = "gone"
+        self.tell("reaped")
+        self.tell("quiet")
+
+    def step(self) -> None:
+        """One thing happens in this process."""
+        if self.state == "opening":
+            self.state = "open"
+            if self.bad():
+                self.tell("open_failed", "no such host")
+                self.end()
+            else:
+                self.tell("opened")
+        elif self.state == "killed":
+            if self.bad():
+                self.tell("reap_timeout", "uninterruptible")
+                self.state = "unkillable"
+            else:
+                self.end()
+        elif self.state == "unkillable":
+            self.end()
+        elif self.state == "open" and self.bad() and self.bad():
+            self.tell("lost", "segfault")
+            self.end()
+        elif self.state in ("open", "stopping"):
+            if self.queue:
+                self.work(self.queue[0])
+            elif self.state == "stopping":
+                self.end()
+
+    def fact(self, op_id: int, pages: int, ended: bool) -> None:
+        self.rank.op_facts.append(wire.OpFact(op_id, pages, ended, ended))
+        if ended:
+            self.queue.popleft()
+
+    def key(self, key: bytes) -> tuple[int, bytes]:
+        return self.rank.number, key
+
+    def work(self, message: wire.ToStorage) -> None:
+        if isinstance(message, wire.RevokeOp):
+            self.revoked.add(message.op_id)
+            self.queue.popleft()
+        elif isinstance(message, wire.LookupPages):
+            n = 0
+            while n < len(message.keys) and self.key(message.keys[n]) in self.store:
+                n += 1
+            self.fact(message.op_id, 0 if self.bad() else n, True)
+        elif isinstance(message, wire.ClearPages):
+            for key in [k for k in self.store if k[0] == self.rank.number]:
+                del self.store[key]
+            self.queue.popleft()
+            self.rank.clear_facts.append(wire.ClearFact(message.command_id, "busy" if self.bad() else ""))
+        else:
+            self.move(message)
+
+    def move(self, message: wire.ReadPages | wire.WritePages) -> None:
+        """One page of a read or a write, or its end."""
+        done = self.progress.get(message.op_id, 0)
+        host = self.rank.worker.host
+        stop = message.op_id in self.revoked or done == len(message.keys) or self.bad()
+        if not stop and isinstance(message, wire.ReadPages):
+            content = self.store.get(self.key(message.keys[done]))
+            stop = content is None
+            if not stop:
+                host[message.host_pages[done]] = content
+        elif not stop:
+            content = host[message.host_pages[done]]
+            assert content is not None
+            held = self.store.setdefault(self.key(message.keys[done]), content)
+            assert held == content, "two contents under one key"
+            assert message.depth == 0 or self.rank.number < 0 or message.parent, "a child without its parent's key"
+        self.progress[message.op_id] = done + (not stop)
+        self.fact(message.op_id, self.progress[message.op_id], stop)
+
+
+class SimRank:
+    """One core with its played hands."""
+
+    def __init__(self, world: World, number: int) -> None:
+        config = world.config
+        self.world, self.number = world, number
+        self.core = SchedulerCore(config, number)
+        self.worker = PlayedWorker(config.pool.device_tokens // PAGE, config.pool.host_tokens // PAGE)
+        self.inbox: deque[wire.TickPlan] = deque()
+        self.storage: dict[int, PlayedStorage] = {}
+        self.copies: list[int] = []
+        self.op_facts: list[wire.OpFact] = []
+        self.storage_facts: list[wire.StorageFact] = []
+        self.clear_facts: list[wire.ClearFact] = []
+        self.outputs: list[wire.RequestOutput] = []
+        self.answers: list[wire.CommandAnswer] = []
+        self.digests: dict[int, int] = {}
+
+    def apply(self, plan: wire.TickPlan) -> None:
+        core, worker = self.core, self.worker
+        effects = core.apply(plan)
+        for copy in effects.copies_out:
+            worker.copy_out(copy.device_pages, copy.host_pages)
+            self.copies.append(copy.op_id)
+        for copy in effects.copies_in:
+            worker.copy_in(copy.device_pages, copy.host_pages)
+            self.copies.append(copy.op_id)
+        for instruction in effects.storage:
+            self.drive(instruction)
+        for epoch, message in effects.to_storage:
+            self.send(epoch, message)
+        self.outputs += effects.outputs
+        self.answers += effects.answers
+        if effects.batch is not None:
+            whole = {i: s.request.tokens[: s.request.computed + s.tokens] for i, s in enumerate(core._shares)}
+            self.outputs += core.apply_results(worker.forward(effects.batch, whole))
+        self.digests[plan.number] = core.digest
+        if self.world.check_each_tick:
+            core.check()
+
+    def drive(self, instruction: Spawn | Stop | Kill) -> None:
+        epoch = instruction.epoch
+        if isinstance(instruction, Spawn):
+            world = self.world
+            self.storage[epoch] = PlayedStorage(self, instruction, world.store, world.random, world.fault_rate)
+        elif self.storage[epoch].state != "gone":
+            self.storage[epoch].state = "stopping" if isinstance(instruction, Stop) else "killed"
+
+    def send(self, epoch: int, message: wire.ToStorage) -> None:
+        process = self.storage[epoch]
+        if process.state in ("open", "stopping"):
+            process.queue.append(message)
+        elif isinstance(message, wire.ClearPages):
+            self.clear_facts.append(wire.ClearFact(message.command_id, "storage process is gone"))
+        elif not isinstance(message, wire.RevokeOp):
+            self.op_facts.append(wire.OpFact(message.op_id, 0, True, True))
+
+    def finish_copy(self) -> None:
+        op_id = self.copies.pop(self.world.random.randrange(len(self.copies)))
+        self.op_facts.append(wire.OpFact(op_id, 1 << 30, True, True))
+
+    def take_facts(self) -> tuple[list, list, list]:
+        facts = self.op_facts, self.storage_facts, self.clear_facts
+        self.op_facts, self.storage_facts, self.clear_facts = [], [], []
+        return facts
+
+
+class World:
+    """N ranks, the leader, and what happens to them."""
+
+    def __init__(
+        self, seed: int, ranks: int = 2, fault_rate: float = 0.02, check_each_tick: bool = True,
+        config: ServerConfig | None = None,
+    ) -> None:
+        self.random = random.Random(seed)
+        self.config = config or server_config(ranks)
+        self.fault_rate = fault_rate
+        self.check_each_tick = check_each_tick
+        self.store: dict[tuple[int, bytes], tuple[int, ...]] = {}
+        self.ranks = [SimRank(self, number) for number in range(ranks)]
+        self.leader = Leader(self.config, ranks)
+        self.reports: list[deque[wire.RankReport]] = [deque() for _ in range(ranks)]
+        self.now_us = 1
+        self.plans: list[wire.TickPlan] = []
+        self.submitted: dict[str, wire.NewRequest] = {}
+        self.commands: list[str] = []
+
+    # ------------------------------------------------------------------------------------------- inputs
+
+    def submit(self, tokens: list[int], max_new_tokens: int = 6, **fields: object) -> str:
+        rid = f"r{len(self.submitted)}"
+        sampling = wire.SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
+        self.submitted[rid] = wire.NewRequest(rid=rid, token_ids=tokens, sampling=sampling, **fields)
+        self.leader.add_request(self.submitted[rid])
+        return rid
+
+    def command(self, kind: type, **fields: object) -> str:
+        command_id = f"c{len(self.commands)}"
+        self.commands.append(command_id)
+        self.leader.add_command(kind(id=command_id, deadline_s=fields.pop("deadline_s", 3.0), **fields), self.now_us)
+        return command_id
+
+    def some_tokens(self) -> list[int]:
+        """Prompts of a few families, so that they share prefixes of every length."""
+        family = self.random.randrange(3)
+        length = self.random.randrange(1, 60)
+        tokens = [family * 10 + i % 7 for i in range(length)]
+        if self.random.random() < 0.5:
+            tokens += [100 + self.random.randrange(3) for _ in range(self.random.randrange(20))]
+        return tokens
+
+    # --------------------------------------------------------------------------------------------- time
+
+    def lead(self) -> bool:
+        """The leader looks at its mailbox; True if there was a plan."""
+        leader = self.ranks[0]
+        plan = self.leader.next_plan(self.now_us, leader.core)
+        if plan is None:
+            return False
+        self.plans.append(plan)
+        for rank in self.ranks[1:]:
+            rank.inbox.append(plan)
+        leader.apply(plan)
+        self.leader.applied(leader.core.digest)
+        return True
+
+    def follow(self, rank: SimRank) -> None:
+        plan = rank.inbox.popleft()
+        rank.apply(plan)
+        self.report(rank, plan.number)
+
+    def report(self, rank: SimRank, applied: int) -> None:
+        ops, storage, clears = rank.take_facts()
+        self.reports[rank.number].append(wire.RankReport(
+            rank=rank.number, applied=applied, digest=rank.digests.get(applied, 0), ops=ops, storage=storage, clears=clears
+        ))
+
+    def deliver(self, rank: SimRank) -> None:
+        """What this rank knows reaches the leader."""
+        if rank.number == 0:
+            self.leader.add_own_facts(*rank.take_facts())
+            return
+        if rank.op_facts or rank.storage_facts or rank.clear_facts:
+            self.report(rank, max(rank.digests, default=0))
+        while self.reports[rank.number]:
+            self.leader.add_report(self.reports[rank.number].popleft())
+
+    def happen(self) -> None:
+        """One random thing of the environment."""
+        rank = self.random.choice(self.ranks)
+        draw = self.random.random()
+        if draw < 0.35:
+            behind = max(len(r.inbox) for r in self.ranks)
+            if behind < MOST_PLANS_BEHIND:
+                self.lead()
+        elif draw < 0.6 and rank.inbox:
+            self.follow(rank)
+        elif draw < 0.7 and rank.copies:
+            rank.finish_copy()
+        elif draw < 0.85:
+            for process in list(rank.storage.values()):
+                process.step()
+        else:
+            self.deliver(rank)
+        self.now_us += self.random.choice((10, 100, 1000, 5000))
+
+    def settle(self, limit: int = 20_000) -> None:
+        """Let everything that is under way come to its end, fairly and without new faults."""
+        self.fault_rate = 0.0
+        for rank in self.ranks:
+            for process in rank.storage.values():
+                process.fault_rate = 0.0
+        for _ in range(limit):
+            busy = self.lead()
+            for rank in self.ranks:
+                while rank.inbox:
+                    self.follow(rank)
+                    busy = True
+                while rank.copies:
+                    rank.finish_copy()
+                for process in list(rank.storage.values()):
+                    process.step()
+                busy |= bool(rank.op_facts or rank.storage_facts or rank.clear_facts)
+                self.deliver(rank)
+            wake_us = self.leader.wake_at_us(self.ranks[0].core)
+            if busy:
+                self.now_us += 1000
+            elif wake_us is not None:
+                self.now_us = max(self.now_us, wake_us)
+            elif all(not p.queue for r in self.ranks for p in r.storage.values() if p.state == "open"):
+                return
+        raise AssertionError(f"never came to rest: {self.ranks[0].core.commands.blockers()}")
+
+    # ------------------------------------------------------------------------------------------- promises
+
+    def check(self) -> None:
+        """Call at rest."""
+        first = self.ranks[0]
+        for rank in self.ranks:
+            rank.core.check()
+            assert rank.digests == first.digests, f"rank {rank.number} differs from the leader"
+            assert rank.core.tiers.slot.face() is first.core.tiers.slot.face()
+            assert not rank.core.commands.blockers(), rank.core.commands.blockers()
+            assert not rank.core.tiers.quarantine.pages
+            answered = [a.id for a in rank.answers]
+            assert sorted(answered) == sorted(self.commands), "a command was not answered exactly once"
+            ends = [o.rid for o in rank.outputs if o.finish is not None]
+            assert sorted(ends) == sorted(self.submitted), "a request did not end exactly once"
+            alive = [e for e, p in rank.storage.items() if p.state != "gone"]
+            assert alive == ([rank.core.tiers.slot.epoch] if rank.core.tiers.slot.gate() else [])
+        for rid, text in self.texts().items():
+            tokens = list(self.submitted[rid].token_ids)
+            for token in text:
+                assert token == next_token(tokens), f"{rid} has another text than without a cache"
+                tokens.append(token)
+
+    def texts(self) -> dict[str, list[int]]:
+        texts: dict[str, list[int]] = {rid: [] for rid in self.submitted}
+        for output in self.ranks[0].outputs:
+            texts[output.rid] += output.token_ids
+        return texts
+
+    def answer(self, command_id: str) -> wire.CommandAnswer:
+        return next(a for a in self.ranks[0].answers if a.id == command_id)
