@@ -2,8 +2,8 @@
 
 Used by the edge of every process that the launcher starts (tokenizer, scheduler ranks), on its main thread.  Orders
 arrive on stdin, never in argv or the environment: both are visible to other users, and the orders hold keys.  The
-channel is a pipe back to the launcher: its first line is `ready ...` or `failed ...`; afterwards it carries stack dumps,
-which `kill -USR1` asks for, so that the launcher can log them under the name of the process they belong to.
+channel is a pipe back to the launcher: its first line is `ready ...` or `failed ...`; afterwards it carries the stack
+dumps that `kill -USR1` asks for, so that the launcher can log them under the name of the process they belong to.
 """
 
 from __future__ import annotations
