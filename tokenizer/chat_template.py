@@ -1,9 +1,10 @@
 """Chat messages to one prompt text, by the model's own Jinja template.
 
-The template language is the one that templates on model hubs are written in: Jinja with `trim_blocks`, loop controls,
-`raise_exception`, `strftime_now`, an unescaped `tojson` and the `generation` block.  A template comes with a model from
-strangers, so it runs in Jinja's immutable sandbox.  Owned by `TextCodec`; called on the event loop; keeps no state between
-calls.  transformers has the same renderer but costs three seconds of start-up, so it is only the judge in the tests.
+The template language is the one that templates on model hubs are written in: Jinja with `trim_blocks`, loop
+controls, `raise_exception`, `strftime_now`, an unescaped `tojson` and the `generation` block.  A template comes
+with a model from strangers, so it runs in Jinja's immutable sandbox.  Owned by `TextCodec`; called on the event
+loop; keeps no state between calls.  transformers has the same renderer but costs three seconds of start-up, so
+it is only the judge in the tests.
 """
 
 from __future__ import annotations

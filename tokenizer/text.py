@@ -1,8 +1,9 @@
 """Text to token ids, for the prompts of all routes.
 
-One `TextCodec` per tokenizer process, made before the server listens and read-only afterwards.  Called on the event loop; a
-long prompt is encoded on a helper thread, because a millisecond per thousand tokens would stall every stream of the server.
-Ids to text is the detokenizer's.  Imports `tokenizers` and jinja2, never transformers.
+One `TextCodec` per tokenizer process, made before the server listens and read-only afterwards.  Called on the
+event loop; a long prompt is encoded on a helper thread, because a millisecond per thousand tokens would stall
+every stream of the server. Ids to text is the detokenizer's.  Imports `tokenizers` and jinja2, never
+transformers.
 """
 
 from __future__ import annotations

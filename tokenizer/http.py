@@ -1,0 +1,156 @@
+"""The HTTP application: the route table, the health routes, and the app made of both.
+
+`build_app` is called once by the process; the handlers run on its event loop.  What a route does is in the room
+of its family (`generate`, `openai`, `admin`, `info`); here is only which route there is, and whether the server
+is well.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match, Route
+from starlette.types import Scope
+
+from sglang_hicache.tokenizer.admin import AdminRoutes
+from sglang_hicache.tokenizer.api import AbortBody, AttachBody, GenerateBody
+from sglang_hicache.tokenizer.api_openai import ChatBody, CompletionBody
+from sglang_hicache.tokenizer.auth import AuthLevel, AuthMiddleware
+from sglang_hicache.tokenizer.generate import NativeRoutes
+from sglang_hicache.tokenizer.info import InfoRoutes
+from sglang_hicache.tokenizer.openai import OpenAIRoutes
+from sglang_hicache.tokenizer.openapi import openapi_document
+from sglang_hicache.tokenizer.replies import JsonReply
+from sglang_hicache.tokenizer.routes import RouteSpec
+from sglang_hicache.tokenizer.services import Services
+
+log = logging.getLogger(__name__)
+
+#: Seconds that a health probe may take.
+HEALTH_TIMEOUT_ENV = "SGLANG_HEALTH_CHECK_TIMEOUT"
+HEALTH_TIMEOUT_S = 20.0
+#: "false": /health answers without asking the scheduler (then only /health_generate does).
+HEALTH_GENERATION_ENV = "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"
+
+GET, POST, PUT, DELETE = "GET", "POST", "PUT", "DELETE"
+
+
+class HealthRoutes:
+    """Is it up, does it answer?"""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._timeout_s = float(os.environ.get(HEALTH_TIMEOUT_ENV, HEALTH_TIMEOUT_S))
+        self._asks_scheduler = os.environ.get(HEALTH_GENERATION_ENV, "true").lower() not in ("false", "0", "no")
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: up, and (unless switched off) the scheduler answers."""
+        if obstacle := self._services.lifecycle.obstacle():
+            return Response(obstacle, 503)
+        return await self._probe() if self._asks_scheduler else Response(status_code=200)
+
+    async def health_generate(self, request: Request) -> Response:
+        """GET /health_generate: the scheduler answers."""
+        if obstacle := self._services.lifecycle.obstacle():
+            return Response(obstacle, 503)
+        return await self._probe()
+
+    async def ready(self, request: Request) -> Response:
+        """GET /ready and /ping: requests are taken."""
+        obstacle = self._services.lifecycle.obstacle()
+        return Response(obstacle, 503) if obstacle else Response(status_code=200)
+
+    async def _probe(self) -> Response:
+        if await self._services.requests.probe(self._timeout_s):
+            return Response(status_code=200)
+        log.warning("the scheduler has not answered a health probe within %g s", self._timeout_s)
+        return Response(f"the scheduler has not answered within {self._timeout_s:g} s", 503)
+
+
+def route_table(services: Services) -> list[RouteSpec]:
+    """Every route of the server but /openapi.json, which is made from it."""
+    native, openai, health = NativeRoutes(services), OpenAIRoutes(services), HealthRoutes(services)
+    admin = AdminRoutes(services)
+    info = InfoRoutes(services, admin)
+    optional = AuthLevel.ADMIN_OPTIONAL
+    seconds = {"type": "number", "minimum": 0, "default": 0}
+    return [
+        RouteSpec(("/generate",), (POST, PUT), native.generate, "Generate from a prompt", body=GenerateBody),
+        RouteSpec(("/abort_request",), (POST,), native.abort_request, "End requests", optional, AbortBody),
+        RouteSpec(("/v1/completions",), (POST,), openai.completions, "OpenAI completions", body=CompletionBody),
+        RouteSpec(("/v1/chat/completions",), (POST,), openai.chat_completions, "OpenAI chat", body=ChatBody),
+        RouteSpec(("/v1/models",), (GET,), openai.models, "The served model, as a list"),
+        RouteSpec(("/v1/models/{model:path}",), (GET,), openai.model, "The served model"),
+        RouteSpec(("/health",), (GET,), health.health, "Does the server answer?"),
+        RouteSpec(("/health_generate",), (GET,), health.health_generate, "Does the scheduler answer?"),
+        RouteSpec(("/ready", "/ping"), (GET,), health.ready, "Are requests taken?"),
+        RouteSpec(("/server_info", "/get_server_info"), (GET,), info.server_info, "Configuration and live state"),
+        RouteSpec(("/model_info", "/get_model_info"), (GET,), info.model_info, "Facts about the model"),
+        RouteSpec(
+            ("/flush_cache",), (GET, POST), admin.flush_cache, "Empty L1 and L2", optional, query={"timeout": seconds}
+        ),
+        RouteSpec(("/hicache/storage-backend",), (PUT,), admin.attach, "Attach a storage", optional, AttachBody),
+        RouteSpec(("/hicache/storage-backend",), (GET,), admin.status, "What is attached, by rank", optional),
+        RouteSpec(("/hicache/storage-backend",), (DELETE,), admin.detach, "Detach the storage", optional),
+        RouteSpec(
+            ("/hicache/storage-backend/clear", "/clear_hicache_storage_backend"),
+            (POST,),
+            admin.clear,
+            "Delete this server's pages from the storage",
+            optional,
+        ),
+        RouteSpec(("/get_hicache_l3_cache_layout",), (GET,), admin.l3_layout, "Object layout of the storage"),
+    ]
+
+
+def build_app(services: Services) -> Starlette:
+    """The ASGI application."""
+    specs = route_table(services)
+    document = openapi_document(specs)
+
+    async def openapi(request: Request) -> Response:
+        return JsonReply(document)
+
+    specs.append(RouteSpec(("/openapi.json",), (GET,), openapi, "This document"))
+    routes = [(Route(path, spec.endpoint, methods=spec.methods), spec.level) for spec in specs for path in spec.paths]
+
+    def level_of(scope: Scope) -> AuthLevel:
+        # A path that exists with other methods only (405) keeps the level of the path.
+        partial = AuthLevel.NORMAL
+        for route, level in routes:
+            match, _ = route.matches(scope)
+            if match is Match.FULL:
+                return level
+            if match is Match.PARTIAL:
+                partial = level
+        return partial
+
+    keys = services.config.http
+    return Starlette(
+        routes=[route for route, _ in routes],
+        middleware=[
+            Middleware(AuthMiddleware, level_of=level_of, api_key=keys.api_key, admin_api_key=keys.admin_api_key)
+        ],
+        exception_handlers={HTTPException: _http_error, Exception: _defect},
+    )
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    """404 and 405, as JSON."""
+    reply = JsonReply(
+        {"error": {"message": f"{error.detail}: {request.method} {request.scope['path']}"}}, error.status_code
+    )
+    for name, value in (error.headers or {}).items():
+        reply.headers[name] = value
+    return reply
+
+
+async def _defect(request: Request, error: Exception) -> Response:
+    """Anything a handler did not foresee: the log has the traceback, the client learns nothing of the inside."""
+    return JsonReply({"error": {"message": "internal error; the server's log has the details"}}, 500)

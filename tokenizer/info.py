@@ -1,0 +1,115 @@
+"""What the server tells about itself: /server_info and /model_info.
+
+Handlers run on the event loop and change nothing.  Start-up values stand at the top level of /server_info, live
+ones in `internal_states`, asked from the ranks each time.  Keys and passwords are replaced before anything
+leaves.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sglang_hicache import __version__
+from sglang_hicache.config import ServerConfig
+from sglang_hicache.observe import redacted
+from sglang_hicache.tokenizer.admin import AdminRoutes
+from sglang_hicache.tokenizer.generate import WEIGHT_VERSION
+from sglang_hicache.tokenizer.replies import JsonReply
+from sglang_hicache.tokenizer.services import Services
+
+log = logging.getLogger(__name__)
+
+
+class InfoRoutes:
+    """/server_info and /model_info."""
+
+    def __init__(self, services: Services, admin: AdminRoutes) -> None:
+        self._services = services
+        self._admin = admin
+        self._started_s = time.time()
+
+    async def server_info(self, request: Request) -> Response:
+        """GET /server_info, and /get_server_info for older clients."""
+        if request.scope["path"].startswith("/get_"):
+            log.warning("/get_server_info is deprecated; use /server_info")
+        config = self._services.config
+        live = await self._admin.live_status()
+        info = server_args(config) | {
+            "max_total_num_tokens": config.pool.device_tokens,
+            "max_req_input_len": self._services.intake.max_request_tokens - 1,
+            "hicache_object_layout": None,
+            "kv_events": None,
+            "startup_time": self._started_s,
+            "internal_states": [live | {"world_size": config.tp_size, "phase": self._services.lifecycle.phase.value}],
+            "version": __version__,
+            "frontend": "python",
+        }
+        return JsonReply(info)
+
+    async def model_info(self, request: Request) -> Response:
+        """GET /model_info, and /get_model_info for older clients."""
+        model = self._services.config.model
+        facts = self._services.codec.model_config
+        return JsonReply(
+            {
+                "model_path": model.path,
+                "served_model_name": model.served_name,
+                "tokenizer_path": model.tokenizer_path,
+                "is_generation": True,
+                "preferred_sampling_params": None,
+                "weight_version": WEIGHT_VERSION,
+                "load_format": "auto",
+                "reasoning_parser": None,
+                "tool_call_parser": None,
+                "disaggregation_mode": "null",
+                "has_image_understanding": False,
+                "has_audio_understanding": False,
+                "model_type": facts.get("model_type"),
+                "architectures": facts.get("architectures"),
+            }
+        )
+
+
+def server_args(config: ServerConfig) -> dict[str, Any]:
+    """The resolved configuration under the names of the command line, without secrets."""
+    return {
+        "model_path": config.model.path,
+        "tokenizer_path": config.model.tokenizer_path,
+        "served_model_name": config.model.served_name,
+        "dtype": config.model.dtype,
+        "device": config.model.device,
+        "context_length": config.model.context_length,
+        "enable_deterministic_inference": config.model.deterministic,
+        "weights_digest": config.model.weights_digest,
+        "random_seed": config.model.random_seed,
+        "tp_size": config.tp_size,
+        "page_size": config.pool.page_size,
+        "max_total_tokens": config.pool.device_tokens,
+        "hicache_host_tokens": config.pool.host_tokens,
+        "enable_hierarchical_cache": config.cache.hierarchical,
+        "disable_radix_cache": not config.cache.reuse_prefixes,
+        "hicache_write_policy": config.cache.write_policy,
+        "hicache_storage_prefetch_policy": config.cache.prefetch_policy,
+        "radix_eviction_policy": config.cache.eviction_policy,
+        "hicache_storage_backend": config.storage.backend or None,
+        "hicache_storage_backend_extra_config": redacted(json.loads(config.storage.extra_config_json)),
+        "max_running_requests": config.scheduler.max_running_requests,
+        "chunked_prefill_size": config.scheduler.chunked_prefill_size,
+        "max_queued_requests": config.scheduler.max_queued_requests,
+        "schedule_policy": config.scheduler.schedule_policy,
+        "watchdog_timeout": config.scheduler.watchdog_timeout_s,
+        "host": config.http.host,
+        "port": config.http.port,
+        "api_key": redacted(config.http.api_key, "api_key") or None,
+        "admin_api_key": redacted(config.http.admin_api_key, "admin_api_key") or None,
+        "ssl_certfile": config.http.ssl_certfile or None,
+        "enable_cache_report": config.http.cache_report,
+        "log_format": config.log.format,
+        "log_level": config.log.level,
+    }
