@@ -6,4 +6,10 @@ needed fails the tests, so the list only ever holds what is true.
 
 from __future__ import annotations
 
-EXCEPTIONS: dict[tuple[str, str], str] = {}
+EXCEPTIONS: dict[tuple[str, str], str] = {
+    ("broad-except", "sglang_hicache/child.py::run"): "process edge: whatever ends a process is reported first",
+    ("broad-except", "sglang_hicache/text.py::shared_tokenizer"): "tokenizers raises Exception itself for a bad file",
+    ("broad-except", "workers/storage_lanes.py::Lane._guarded_blocking"): "the lane wrapper of plug-in code",
+    ("broad-except", "workers/storage_process.py::serve_blocking"): "process edge: the rank is told the reason",
+    ("order", "sglang_hicache/cache/digest.py::StateDigest.mix"): "hash() of integers is the same in every interpreter",
+}

@@ -5,6 +5,7 @@ Reads source text only: nothing here imports the server.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -87,7 +88,7 @@ RULES = {
         rules.hidden_import,
         source.ALL_FOLDERS,
         ("def f():\n    import os", "class C:\n    def f(self):\n        if x:\n            from a import b"),
-        ("import os", "def f():\n    import torch  # lazy door: takes a second"),
+        ("import os", "def f():\n    import a  # lazy door: slow\n    import b"),
     ),
     "sleep": Rule(
         rules.sleep,
@@ -138,6 +139,7 @@ RULES = {
 }
 
 
+@functools.cache
 def _violations(name: str) -> list[Violation]:
     rule = RULES[name]
     return [found for file in source.files(*rule.folders) for found in rule.check(file)]
