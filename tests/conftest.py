@@ -55,8 +55,10 @@ def _leaks(threads: set[threading.Thread], descriptors: dict[int, str], children
 
 
 def _lasting_leaks(threads: set[threading.Thread], descriptors: dict[int, str], children: set[int]) -> list[str]:
-    """What is still there after a while: ZMQ closes descriptors on a thread of its own, ended children need a moment."""
-    gc.collect()
+    """What is still there after a while: ZMQ closes descriptors on its own thread, ended children need a moment."""
+    if not (found := _leaks(threads, descriptors, children)):
+        return found
+    gc.collect()  # closes what an abandoned object holds; too slow to do after every test
     deadline, never = time.monotonic() + GRACE_S, threading.Event()
     while (found := _leaks(threads, descriptors, children)) and time.monotonic() < deadline:
         never.wait(0.01)
