@@ -111,3 +111,22 @@ def test_the_command_starts_from_the_wheel_alone(wheel: Path, tmp_path: Path) ->
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "--enable-hierarchical-cache" in done.stdout
+
+
+@pytest.mark.long
+def test_the_tests_pass_against_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    """What a user installs is what was tested: the source tree is not there, only tests and the unpacked wheel."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "tests" / "test_origin.py").write_text(
+        "import sglang_hicache\n\n\ndef test_origin():\n"
+        f"    assert sglang_hicache.__file__.startswith({str(tmp_path / 'site')!r})\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_origin.py"]
+    folders = ["tests/unit", "tests/machines", "tests/storage", "tests/contract"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(
+        [*command, *folders], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
