@@ -278,9 +278,13 @@ class Explorer:
 
     # ---- the walk
 
+    def start(self) -> World:
+        """Nothing has happened yet."""
+        return World((Rank(self.replicas.first),) * self.scenario.ranks, frozenset(), 0, 0, self.scenario.faults)
+
     def run(self) -> None:
         """Visit every world; raise BrokenPromise with the moves that led there."""
-        first = World((Rank(self.replicas.first),) * self.scenario.ranks, frozenset(), 0, 0, self.scenario.faults)
+        first = self.start()
         numbers: dict[World, int] = {first: 0}
         came_from: list[tuple[int, str]] = [(0, "start")]
         followers: dict[int, list[int]] = {}
