@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 from collections import deque
+from contextlib import ExitStack
 
 import msgspec
 
@@ -183,12 +184,11 @@ def open_backend_blocking(opened: wire.OpenBackend) -> StorageBackend:
     _, settings = registry.validate_extra_config(opened.backend, opened.extra_config_json)
     context = OpenContext(rank=opened.rank, namespace=opened.namespace, page_bytes=opened.page_bytes)
     backend = registry.create(opened.backend, settings, context)
-    try:
+    with ExitStack() as undo:
+        undo.callback(backend.close_blocking)
         backend.open_blocking()
         CheckedStore(backend, page_layout(opened)).self_test_blocking(opened.rank)
-    except BaseException:
-        backend.close_blocking()
-        raise
+        undo.pop_all()
     return backend
 
 

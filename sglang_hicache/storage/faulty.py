@@ -141,7 +141,7 @@ class FaultyBackend(StorageBackend):
         self._numbers[call] += 1
         if number < fault.first or (fault.count is not None and number >= fault.first + fault.count):
             return False
-        if xxhash.xxh3_64_intdigest(f"{call} {number}") >= fault.share * 2**64:
+        if xxhash.xxh3_64_intdigest(f"{call} {number}".encode()) >= fault.share * 2**64:
             return False
         self._hits[call] += 1
         return True

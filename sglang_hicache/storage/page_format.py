@@ -117,6 +117,11 @@ class _Page:
         """Size of the whole object: header and payload."""
         return HEADER_BYTES + len(self.payload)
 
+    def restart(self) -> None:
+        """The page will be transferred once more, from the start."""
+        self._hash = xxhash.xxh3_128()
+        self._hashed = 0
+
     def _hash_up_to(self, end: int) -> None:
         if end > self._hashed:
             self._hash.update(self.payload[self._hashed : end])
@@ -167,11 +172,6 @@ class IncomingPage(_Page):
         #: Key of the parent and pages before this one, as a good header says.
         self.parent = ROOT_PARENT
         self.depth = 0
-
-    def restart(self) -> None:
-        """Forget what arrived: the page will be read once more."""
-        self._hash = xxhash.xxh3_128()
-        self._hashed = 0
 
     def arrived(self, end: int) -> None:
         """A hint: payload[:end] is in place.  Hashing it now is cheaper than later; calling this is optional."""

@@ -1,0 +1,64 @@
+"""Every backend keeps the contract, and the checks notice one that does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sglang_hicache.errors import StorageError
+from sglang_hicache.storage.conformance import CHECKS, ContractBroken, Make, check_backend
+from tests.storage import pages
+
+_BACKENDS = {
+    "memory": ("memory", {}),
+    "file": ("file", {}),
+    "file-data": ("file", {"fsync": "data"}),
+    "file-full": ("file", {"fsync": "full"}),
+    "faulty-memory": ("faulty", {"inner": "memory"}),
+    "faulty-file": ("faulty", {"inner": "file"}),
+}
+
+
+def _maker(which: str, root: Path) -> Make:
+    name, config = _BACKENDS[which]
+    path = {"file_storage_path": str(root)}
+    if name == "file":
+        config = config | path
+    elif config.get("inner") == "file":
+        config = config | {"inner_config": path}
+    return lambda: pages.backend(name, config)
+
+
+@pytest.mark.parametrize("which", _BACKENDS)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_backend_keeps_the_contract(check: Callable[[Make], None], which: str, root: Path) -> None:
+    check(_maker(which, root))
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        ("read", "flip"),
+        ("read", "short"),
+        ("read", "disappear"),
+        ("read", "none"),
+        ("read", "wrong_type"),
+        ("read", "short_list"),
+        ("read", "error"),
+        ("write", "flip"),
+        ("write", "none"),
+        ("write", "no_space"),
+        ("exists", "stale"),
+        ("exists", "none"),
+        ("exists", "wrong_type"),
+        ("delete", "none"),
+        ("clear", "error"),
+        ("open", "error"),
+    ],
+)
+def test_checks_notice_a_saboteur(call: str, kind: str) -> None:
+    config = {"inner": "memory", "faults": {call: {"kind": kind}}}
+    with pytest.raises((ContractBroken, StorageError)):
+        check_backend(lambda: pages.backend("faulty", config))

@@ -1,0 +1,285 @@
+"""Pages as files: which folder, whose, and what lies there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_hicache.errors import StorageError
+from sglang_hicache.storage import file
+from sglang_hicache.storage.checked import BatchResult
+from sglang_hicache.storage.page_format import CHUNK_BYTES, HEADER_BYTES
+from tests.storage import pages
+from tests.storage.conftest import Open
+
+
+def _write(backend: Any, count: int, first: int = 1, **layout: Any) -> BatchResult:
+    size = layout.get("size", pages.PAGE_BYTES)
+    contents = [pages.content(first + index, size) for index in range(count)]
+    return pages.store(backend, **layout).write_blocking(pages.keys(count, first), contents, b"", 0)
+
+
+def _read(backend: Any, count: int, **layout: Any) -> BatchResult:
+    size = layout.get("size", pages.PAGE_BYTES)
+    return pages.store(backend, **layout).read_blocking(pages.keys(count), pages.empty(count, size))
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+class TestFolder:
+    def test_explicit_path_wins_over_the_environment(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv(file.STORAGE_DIR_ENV, "/environment")
+        assert file.storage_folder("/explicit") == Path("/explicit")
+        assert file.storage_folder("") == Path("/environment")
+        monkeypatch.chdir(tmp_path)
+        assert file.storage_folder("relative") == tmp_path / "relative"
+
+    def test_default_is_private_to_the_user(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.delenv(file.STORAGE_DIR_ENV, raising=False)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        assert file.storage_folder("") == tmp_path / ".cache/sglang_hicache/storage"
+        assert file.storage_folder("~/kv") == tmp_path / "kv"
+        monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+        assert file.storage_folder("") == Path("/xdg/sglang_hicache/storage")
+        monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
+        assert file.storage_folder("") == tmp_path / ".cache/sglang_hicache/storage"
+
+    def test_status_shows_the_path_in_use(self, open_backend: Open, root: Path) -> None:
+        backend = open_backend("file", {"file_storage_path": str(root), "fsync": "data"})
+        assert backend.info() == {"path": str(root), "fsync": "data"}
+
+    def test_nobody_else_can_read_or_write_anything(self, open_backend: Open, tmp_path: Path) -> None:
+        root = tmp_path / "above" / "store"
+        before = os.umask(0)
+        try:
+            assert _write(open_backend("file", {"file_storage_path": str(root)}), 2).pages == 2
+        finally:
+            os.umask(before)
+        found = [root.parent, root, *root.rglob("*")]
+        assert len(pages.page_files(root)) == 2
+        for path in found:
+            assert _mode(path) == (0o700 if path.is_dir() else 0o600), path
+
+    @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+    def test_folder_that_others_can_write_is_refused(self, root: Path, mode: int) -> None:
+        root.mkdir()
+        root.chmod(mode)
+        backend = pages.backend("file", {"file_storage_path": str(root)})
+        with pytest.raises(StorageError, match=f"mode {mode:o}.*chmod go-w") as caught:
+            backend.open_blocking()
+        assert caught.value.reason == "refused"
+        assert list(root.iterdir()) == []
+        backend.close_blocking()
+
+    def test_folder_of_another_user_is_refused(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        root.mkdir(mode=0o700)
+        monkeypatch.setattr(os, "geteuid", lambda: root.stat().st_uid + 1)
+        with pytest.raises(StorageError, match="belongs to user"):
+            pages.backend("file", {"file_storage_path": str(root)}).open_blocking()
+
+    def test_file_in_place_of_the_folder_is_refused(self, root: Path) -> None:
+        root.write_text("x")
+        with pytest.raises(StorageError, match="is not a folder"):
+            pages.backend("file", {"file_storage_path": str(root)}).open_blocking()
+
+    def test_folder_that_cannot_be_made_is_a_fault(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("x")
+        with pytest.raises(StorageError, match="cannot use"):
+            pages.backend("file", {"file_storage_path": str(tmp_path / "file" / "store")}).open_blocking()
+
+
+class TestTemporaryFiles:
+    def test_close_leaves_pages_only(self, root: Path) -> None:
+        backend = pages.backend("file", {"file_storage_path": str(root)})
+        backend.open_blocking()
+        _write(backend, 2)
+        backend.close_blocking()
+        assert sorted(path for path in root.rglob("*") if path.is_file()) == pages.page_files(root)
+        assert list((root / "tmp").iterdir()) == []
+
+    def test_what_the_dead_left_is_swept_and_what_the_living_use_is_not(self, open_backend: Open, root: Path) -> None:
+        living = open_backend("file", {"file_storage_path": str(root)})
+        (used,) = (root / "tmp").iterdir()
+        dead = root / "tmp" / "0-dead"
+        dead.mkdir()
+        (dead / "lock").touch()
+        (dead / "17").write_bytes(b"half a page")
+        open_backend("file", {"file_storage_path": str(root)}, rank=1)
+        assert not dead.exists()
+        assert used.exists()
+        assert _write(living, 1).pages == 1
+
+    def test_failed_write_leaves_no_file(self, open_backend: Open, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        backend = open_backend("file", {"file_storage_path": str(root)})
+
+        def full(*args: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "pwritev", full)
+        result = _write(backend, 2)
+        assert result.pages == 0
+        assert result.reason.startswith("no_space: ")
+        assert [path.name for path in root.rglob("*") if path.is_file()] == ["lock"]
+
+    def test_disk_that_takes_only_a_part_is_full(
+        self, open_backend: Open, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        backend, pwritev = open_backend("file", {"file_storage_path": str(root)}), os.pwritev
+        monkeypatch.setattr(os, "pwritev", lambda fd, buffers, at: pwritev(fd, [b"".join(buffers)[:100]], at))
+        assert _write(backend, 1).reason.startswith("no_space: ")
+        assert pages.page_files(root) == []
+
+
+class TestPages:
+    def test_pages_lie_fanned_out_by_namespace_and_key(self, open_backend: Open, root: Path) -> None:
+        _write(open_backend("file", {"file_storage_path": str(root)}), 1)
+        key = pages.key(1).hex()
+        (path,) = pages.page_files(root)
+        assert path == root / pages.NAMESPACE / key[:2] / f"{key}.0-2.page"
+        assert path.stat().st_size == HEADER_BYTES + pages.PAGE_BYTES
+
+    @pytest.mark.parametrize("policy", ["none", "data", "full"])
+    def test_fsync_follows_the_policy(
+        self, open_backend: Open, root: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+    ) -> None:
+        synced: list[str] = []
+        monkeypatch.setattr(os, "fdatasync", lambda fd: synced.append("data"))
+        monkeypatch.setattr(
+            os, "fsync", lambda fd: synced.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file")
+        )
+        _write(open_backend("file", {"file_storage_path": str(root), "fsync": policy}), 1)
+        assert synced == {"none": [], "data": ["data"], "full": ["file", "folder"]}[policy]
+
+    def test_page_that_is_there_is_not_written_again(self, open_backend: Open, root: Path) -> None:
+        backend = open_backend("file", {"file_storage_path": str(root)})
+        _write(backend, 1)
+        before = pages.page_files(root)[0].stat()
+        assert _write(backend, 1).pages == 1
+        assert pages.page_files(root)[0].stat().st_ino == before.st_ino
+
+    def test_page_of_a_wrong_size_is_written_again(self, open_backend: Open, root: Path) -> None:
+        backend = open_backend("file", {"file_storage_path": str(root)})
+        _write(backend, 1)
+        os.truncate(pages.page_files(root)[0], 100)
+        assert _write(backend, 1).pages == 1
+        assert _read(backend, 1) == BatchResult(1)
+
+    @pytest.mark.parametrize("size", [pages.PAGE_BYTES, 2 * CHUNK_BYTES])
+    def test_fm10_page_that_is_longer_or_shorter_than_it_should_be_is_a_miss(
+        self, open_backend: Open, root: Path, size: int
+    ) -> None:
+        backend = open_backend("file", {"file_storage_path": str(root)})
+        for change in (-1, +1, -size, -size - HEADER_BYTES):
+            _write(backend, 2, size=size)
+            path = pages.page_files(root)[1]
+            os.truncate(path, path.stat().st_size + change)
+            result = _read(backend, 2, size=size)
+            assert (result.pages, result.corrupt) == (1, 1)
+            assert not path.exists()
+
+    def test_link_in_place_of_a_page_is_not_followed(self, open_backend: Open, root: Path) -> None:
+        backend = open_backend("file", {"file_storage_path": str(root)})
+        _write(backend, 1)
+        path = pages.page_files(root)[0]
+        path.rename(root / "moved")
+        path.symlink_to(root / "moved")
+        result = _read(backend, 1)
+        assert (result.pages, result.reason.split(":")[0]) == (0, "io")
+
+    def test_unreadable_page_is_a_fault_of_its_op(
+        self, open_backend: Open, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        backend = open_backend("file", {"file_storage_path": str(root)})
+        _write(backend, 2)
+
+        def broken(*args: Any) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(os, "preadv", broken)
+        assert _read(backend, 2).reason.startswith("io: cannot read page")
+
+    def test_fm31_file_copied_from_another_model_is_a_miss(self, open_backend: Open, root: Path) -> None:
+        backend = open_backend("file", {"file_storage_path": str(root)})
+        _write(backend, 1)
+        theirs = root / ("77" * 32) / "00" / pages.page_files(root)[0].name
+        theirs.parent.mkdir(parents=True)
+        theirs.write_bytes(pages.page_files(root)[0].read_bytes())
+        result = _read(backend, 1, namespace="77" * 32)
+        assert (result.pages, result.corrupt) == (0, 1)
+        assert _read(backend, 1) == BatchResult(1)
+
+
+class TestClear:
+    def test_foreign_files_stay(self, open_backend: Open, root: Path) -> None:
+        backend = open_backend("file", {"file_storage_path": str(root)})
+        _write(backend, 3)
+        _write(backend, 2, namespace="77" * 32)
+        own = root / pages.NAMESPACE / "00"
+        foreign = [
+            root / "notes.txt",
+            root / pages.NAMESPACE / "readme",
+            own / "something.page",
+            own / f"{'ab' * 32}.0-2.page",
+            own / f"{'ab' * 32}.0-2.page.bak",
+            root / pages.NAMESPACE / "zz" / f"{'ab' * 32}.0-2.page",
+        ]
+        for path in foreign:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("somebody else's bytes")
+        assert backend.clear_blocking(pages.NAMESPACE) == 3
+        assert all(path.exists() for path in foreign)
+        assert pages.store(backend, namespace="77" * 32).lookup_blocking(pages.keys(2)) == 2
+
+    def test_torn_pages_go_too(self, open_backend: Open, root: Path) -> None:
+        backend = open_backend("file", {"file_storage_path": str(root)})
+        _write(backend, 2)
+        os.truncate(pages.page_files(root)[0], 0)
+        os.truncate(pages.page_files(root)[1], 5)
+        assert backend.clear_blocking(pages.NAMESPACE) == 2
+
+    def test_pages_of_other_head_ranges_of_the_model_go_too(self, open_backend: Open, root: Path) -> None:
+        backend = open_backend("file", {"file_storage_path": str(root)})
+        _write(backend, 1)
+        _write(backend, 1, heads=(2, 4))
+        assert backend.clear_blocking(pages.NAMESPACE) == 2
+
+
+class TestTouch:
+    def _aged(self, open_backend: Open, root: Path, age_s: float) -> tuple[Any, list[Path]]:
+        backend = open_backend("file", {"file_storage_path": str(root)})
+        _write(backend, 3)
+        then_s = time.time() - age_s
+        for path in pages.page_files(root):
+            os.utime(path, (then_s, then_s))
+        return backend, pages.page_files(root)
+
+    def test_used_pages_become_young_and_parents_never_older_than_children(
+        self, open_backend: Open, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        backend, found = self._aged(open_backend, root, 1000)
+        order: list[str] = []
+        utime = os.utime
+        monkeypatch.setattr(os, "utime", lambda path, times: (order.append(Path(path).name), utime(path, times)))
+        pages.store(backend).touch_blocking(pages.keys(3))
+        assert order == [path.name for path in reversed(found)]
+        assert all(time.time() - path.stat().st_mtime < 100 for path in found)
+
+    def test_pages_used_a_moment_ago_are_left_alone(self, open_backend: Open, root: Path) -> None:
+        backend, found = self._aged(open_backend, root, file.TOUCH_INTERVAL_S / 2)
+        before = [path.stat().st_mtime_ns for path in found]
+        pages.store(backend).touch_blocking(pages.keys(3))
+        assert [path.stat().st_mtime_ns for path in found] == before
+
+    def test_page_that_is_gone_is_no_fault(self, open_backend: Open, root: Path) -> None:
+        backend, found = self._aged(open_backend, root, 1000)
+        found[0].unlink()
+        pages.store(backend).touch_blocking(pages.keys(3))

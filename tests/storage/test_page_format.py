@@ -1,0 +1,119 @@
+"""A page is what its header says, or it is none."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_hicache.storage.page_format import (
+    CHUNK_BYTES,
+    HEADER_BYTES,
+    MAGIC,
+    ROOT_PARENT,
+    IncomingPage,
+    OutgoingPage,
+    PageLayout,
+    Part,
+    Verdict,
+)
+from tests.storage import pages
+
+
+def _stored(size: int = 64, **kwargs: object) -> bytes:
+    layout = pages.layout(size=size, **kwargs)
+    page = OutgoingPage(layout, pages.key(7), pages.content(1, size), pages.key(6), 3)
+    return page.header() + page.payload
+
+
+def _judge(stored: bytes, layout: PageLayout | None = None, key: bytes = b"") -> tuple[Verdict, IncomingPage]:
+    layout = layout or pages.layout(size=len(stored) - HEADER_BYTES)
+    page = IncomingPage(layout, key or pages.key(7), memoryview(bytearray(stored[HEADER_BYTES:])))
+    page.header[:] = stored[:HEADER_BYTES]
+    return page.judge(), page
+
+
+def test_page_survives_the_trip_with_its_place_in_the_chain() -> None:
+    verdict, page = _judge(_stored())
+    assert verdict is Verdict.GOOD
+    assert (page.parent, page.depth) == (pages.key(6), 3)
+
+
+def test_root_page_has_no_parent() -> None:
+    page = OutgoingPage(pages.layout(size=8), pages.key(7), pages.content(1, 8), b"", 0)
+    verdict, read = _judge(page.header() + page.payload)
+    assert (verdict, read.parent) == (Verdict.GOOD, ROOT_PARENT)
+
+
+def test_format_is_what_earlier_versions_wrote() -> None:
+    """Stored pages outlive a version of this program: this fails when the format changes without a new version."""
+    stored = _stored()
+    assert stored.startswith(MAGIC + b"\x01\x00\x01\x00\x00\x01\x00\x00")
+    assert stored[16:48].hex() == pages.NAMESPACE
+    assert stored[136:160] == b"kv".ljust(16, b"\0") + (64).to_bytes(8, "little")
+    assert stored[240:256].hex() == "b6e351e02bb88db77ad6e48f1d29378e"
+
+
+def test_fm39_no_byte_of_a_page_can_change_unnoticed() -> None:
+    stored = _stored()
+    for position in range(len(stored)):
+        damaged = bytearray(stored)
+        damaged[position] ^= 0x40
+        verdict, _ = _judge(bytes(damaged))
+        assert verdict is not Verdict.GOOD, f"byte {position} is not covered"
+
+
+@given(st.data())
+def test_pieces_may_arrive_in_any_steps(data: st.DataObject) -> None:
+    size = 300
+    stored = _stored(size)
+    page = IncomingPage(pages.layout(size=size), pages.key(7), memoryview(bytearray(stored[HEADER_BYTES:])))
+    page.header[:] = stored[:HEADER_BYTES]
+    for end in data.draw(st.lists(st.integers(0, size), max_size=5)):
+        page.arrived(end)
+    assert page.judge() is Verdict.GOOD
+
+
+@pytest.mark.parametrize("size", [1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 2 * CHUNK_BYTES + 5])
+def test_chunks_are_the_payload_and_do_not_change_the_header(size: int) -> None:
+    whole = OutgoingPage(pages.layout(size=size), pages.key(7), pages.content(1, size), b"", 0)
+    pieces = OutgoingPage(pages.layout(size=size), pages.key(7), pages.content(1, size), b"", 0)
+    chunks = list(pieces.chunks())
+    assert b"".join(chunk for _, chunk in chunks) == whole.payload
+    assert [start for start, _ in chunks] == list(range(0, size, CHUNK_BYTES))
+    assert pieces.header() == whole.header()
+
+
+def test_page_that_is_read_again_is_hashed_again() -> None:
+    stored = _stored()
+    page = IncomingPage(pages.layout(size=64), pages.key(7), memoryview(bytearray(64)))
+    page.arrived(64)
+    page.restart()
+    page.header[:], page.payload[:] = stored[:HEADER_BYTES], stored[HEADER_BYTES:]
+    assert page.judge() is Verdict.GOOD
+
+
+@pytest.mark.parametrize(
+    ("layout", "key", "verdict"),
+    [
+        (pages.layout(size=64), pages.key(8), Verdict.OTHER_PAGE),
+        (pages.layout("77" * 32, size=64), b"", Verdict.OTHER_PAGE),
+        (pages.layout(heads=(0, 4), size=64), b"", Verdict.OTHER_PAGE),
+        (pages.layout(heads=(1, 2), size=64), b"", Verdict.OTHER_PAGE),
+        (PageLayout(pages.NAMESPACE, 0, 2, (Part("kv", 32), Part("mamba", 32))), b"", Verdict.FOREIGN),
+        (PageLayout(pages.NAMESPACE, 0, 2, (Part("mamba", 64),)), b"", Verdict.FOREIGN),
+    ],
+)
+def test_fm31_page_of_somebody_else_is_refused(layout: PageLayout, key: bytes, verdict: Verdict) -> None:
+    assert _judge(_stored(), layout, key)[0] is verdict
+
+
+def test_other_versions_are_foreign() -> None:
+    stored = bytearray(_stored())
+    stored[8] = 2
+    assert _judge(bytes(stored))[0] is Verdict.FOREIGN
+
+
+def test_payload_must_have_the_size_of_the_layout() -> None:
+    with pytest.raises(ValueError, match="63 bytes"):
+        OutgoingPage(pages.layout(size=64), pages.key(7), pages.content(1, 63), b"", 0)

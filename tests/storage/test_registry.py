@@ -1,0 +1,111 @@
+"""Names of backends and their extra configs: what is refused, and with which words."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from sglang_hicache.errors import UserError
+from sglang_hicache.storage import registry
+from sglang_hicache.storage.settings import Fault, FaultySettings, FileSettings, PrefetchSettings
+
+
+def test_names_are_listed_when_one_is_unknown() -> None:
+    with pytest.raises(UserError, match="unknown storage backend 'redsi'; choose one of: file, memory"):
+        registry.spec("redsi")
+
+
+def test_saboteur_is_unknown_unless_the_server_was_started_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "faulty" in registry.names()
+    monkeypatch.delenv(registry.ALLOW_FAULTY_ENV)
+    assert registry.names() == ["file", "memory"]
+    with pytest.raises(UserError, match="unknown storage backend 'faulty'"):
+        registry.validate_extra_config("faulty", '{"inner": "memory"}')
+
+
+@pytest.mark.parametrize("text", [None, "", "{}"])
+def test_defaults(text: str | None) -> None:
+    prefetch, settings = registry.validate_extra_config("file", text)
+    assert prefetch == PrefetchSettings()
+    assert (prefetch.prefetch_threshold, prefetch.prefetch_timeout_base) == (256, 1.0)
+    assert (prefetch.prefetch_timeout_per_ki_token, prefetch.hicache_storage_pass_prefix_keys) == (0.25, False)
+    assert settings == FileSettings(file_storage_path="", fsync="none")
+
+
+def test_keys_of_the_controller_never_reach_the_backend() -> None:
+    text = '{"prefetch_threshold": 64, "prefetch_timeout_base": 2, "prefetch_timeout_per_ki_token": 0.5,'
+    text += '"hicache_storage_pass_prefix_keys": true, "fsync": "full", "file_storage_path": "/x"}'
+    prefetch, config = registry.split_extra_config(text)
+    assert config == {"fsync": "full", "file_storage_path": "/x"}
+    assert prefetch == PrefetchSettings(
+        prefetch_threshold=64,
+        prefetch_timeout_base=2.0,
+        prefetch_timeout_per_ki_token=0.5,
+        hicache_storage_pass_prefix_keys=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"prefetch_threshold": -1}',
+        '{"prefetch_threshold": true}',
+        '{"prefetch_threshold": 1.5}',
+        '{"prefetch_threshold": "256"}',
+        '{"prefetch_threshold": null}',
+        '{"prefetch_timeout_base": -0.1}',
+        '{"prefetch_timeout_base": 1e9}',
+        '{"prefetch_timeout_base": false}',
+        '{"prefetch_timeout_per_ki_token": -1}',
+        '{"prefetch_timeout_per_ki_token": [1]}',
+        '{"hicache_storage_pass_prefix_keys": 1}',
+    ],
+)
+def test_keys_of_the_controller_are_checked(text: str) -> None:
+    name = next(iter(msgspec.json.decode(text)))
+    with pytest.raises(UserError, match=f"extra config {name}=.* is not allowed; it takes"):
+        registry.split_extra_config(text)
+
+
+@pytest.mark.parametrize("text", ["{", "nonsense", '{"prefetch_timeout_base": NaN}', "[]", "1", '"x"', "null"])
+def test_only_a_json_object_is_a_config(text: str) -> None:
+    with pytest.raises(UserError, match="give one JSON object"):
+        registry.split_extra_config(text)
+
+
+def test_config_that_does_not_fit_the_pipe_is_refused() -> None:
+    with pytest.raises(UserError, match="at most 32768"):
+        registry.split_extra_config('{"x": "' + "y" * 40_000 + '"}')
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("file", '{"max_sise": 1}', "unknown extra config 'max_sise'; file takes file_storage_path, fsync"),
+        ("file", '{"fsync": "always"}', "Invalid enum value 'always'.*file takes file_storage_path, fsync"),
+        ("file", '{"file_storage_path": 3}', "Expected `str`, got `int`"),
+        ("memory", '{"fsync": "none"}', "memory takes no extra config"),
+        ("faulty", "{}", "missing required field `inner`"),
+        ("faulty", '{"inner": "faulty"}', "sabotage one real backend"),
+        ("faulty", '{"inner": "file", "inner_config": {"x": 1}}', "unknown extra config 'x'; file takes"),
+        ("faulty", '{"inner": "file", "faults": {"raed": {"kind": "error"}}}', "Invalid enum value 'raed'"),
+        ("faulty", '{"inner": "file", "faults": {"read": {"kind": "error", "gaet": "x"}}}', "unknown field `gaet`"),
+    ],
+)
+def test_backend_config_is_refused_with_what_is_allowed(name: str, text: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        registry.validate_extra_config(name, text)
+
+
+def test_late_io_is_known_without_asking_the_process() -> None:
+    for text, expected in (('{"inner": "file"}', False), ('{"inner": "file", "late_io": true}', True)):
+        _, settings = registry.validate_extra_config("faulty", text)
+        assert registry.late_io("faulty", settings) is expected
+    assert not registry.late_io("file", FileSettings())
+
+
+def test_faults_are_records() -> None:
+    text = '{"inner": "memory", "faults": {"read": {"kind": "flip", "first": 2, "count": 1}}}'
+    _, settings = registry.validate_extra_config("faulty", text)
+    assert isinstance(settings, FaultySettings)
+    assert settings.faults == {"read": Fault(kind="flip", first=2, count=1)}
