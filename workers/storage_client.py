@@ -41,9 +41,9 @@ class StorageClient:
         self._to_address = ipc_address(run_dir, to_name)
         #: Made when the process says that it is open: by then it has bound its end, so that no message can be lost.
         self._push: Push | None = None
-        self._pull = Pull(ipc_address(run_dir, from_name), wire.FromStorage, bind=True)
         bootstrap = Bootstrap(open=open, host_fd=host_fd, run_dir=run_dir, parent_pid=os.getpid())
         reader, self._lifeline = _filled_pipe(msgspec.msgpack.encode(bootstrap))
+        self._pull = Pull(ipc_address(run_dir, from_name), wire.FromStorage, bind=True)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", _MODULE, "rank", str(open.rank), open.backend],
