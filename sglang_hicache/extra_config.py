@@ -45,7 +45,10 @@ def _permitted(path: Path, below: str | None) -> Path:
             "send the JSON itself"
         )
     folder = Path(os.path.realpath(below))
-    real = Path(os.path.realpath(folder / path))  # links are followed first: a link out of the folder is outside
+    try:
+        real = Path(os.path.realpath(folder / path))  # links are followed first: a link out of the folder is outside
+    except ValueError as error:  # a zero byte
+        raise UserError(f"extra config @{str(path)!r} is not a path") from error
     if folder not in real.parents:
         raise UserError(f"extra config @{path} is not below the folder that --hicache-config-dir allows")
     return real
@@ -67,7 +70,10 @@ def _read(path: Path) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: {error}") from error
+        # Its own text quotes the line that it stumbled over, and that line may be the one with the password.
+        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise UserError(f"{path} is not valid YAML{where}") from None
 
 
 def _parsed(source: str, parse: Any) -> Any:

@@ -6,6 +6,7 @@ stumble over it an hour later.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -37,11 +38,11 @@ def _descriptors() -> dict[int, str]:
 
 
 def _children() -> set[int]:
-    return {
-        int(pid)
-        for task in Path("/proc/self/task").iterdir()
-        for pid in (task / "children").read_text(encoding="ascii").split()
-    }
+    found: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the thread has just ended
+            found.update(map(int, (task / "children").read_text(encoding="ascii").split()))
+    return found
 
 
 def _leaks(threads: set[threading.Thread], descriptors: dict[int, str], children: set[int]) -> list[str]:

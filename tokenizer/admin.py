@@ -176,11 +176,10 @@ class AdminRoutes:
         try:
             config = extra_config_json(given, below=self._services.config.storage.config_dir)
             registry.validate_extra_config(body.hicache_storage_backend, config)
-        except (UserError, ValueError) as error:  # ValueError: a zero byte in a path
-            if given and given.startswith("@"):
-                # A parser may quote the line that it stumbled over, and that line may be the one with the password.
-                raise UserError(_withheld(str(error))) from error
-            raise UserError(f"{error}; the extra config was: {echo(given or '')}") from error
+        except UserError as error:
+            if not given or given.startswith("@"):
+                raise
+            raise UserError(f"{error}; the extra config was: {echo(given)}") from error
         return config
 
     def _check_enabled(self) -> None:
@@ -200,10 +199,10 @@ def echo(extra_config: str) -> str:
     try:
         return json.dumps(redacted(json.loads(extra_config)), ensure_ascii=False)
     except (ValueError, RecursionError):
-        return _withheld(extra_config)
+        return _unparsed(extra_config)
 
 
-def _withheld(text: str) -> str:
+def _unparsed(text: str) -> str:
     if _SECRET_WORDS.search(text):
         return f"<{len(text)} characters, not shown because they may hold a secret>"
     return text if len(text) <= 200 else text[:200] + "..."

@@ -82,7 +82,7 @@ class RanksDesk:
         return len(self._ranks)
 
     async def command(self, make: Callable[[str], Command], deadline_s: float) -> Outcome:
-        """Send the command that `make` builds around an operation id; its merged outcome, after deadline + grace at most."""
+        """Send the command that `make` builds around an operation id; the merged outcome by deadline + grace."""
         operation_id = uuid.uuid4().hex[:12]
         message = make(operation_id)
         log.info("%s goes to %d ranks", type(message).__name__, len(self._ranks), extra={"command": operation_id})

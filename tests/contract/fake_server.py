@@ -113,9 +113,7 @@ class FakeServer:
         self.state = ServerState.READY
         self.lifecycle = Lifecycle(lambda: self.state)
         self.lifecycle.phase = Phase.SERVING
-        self.app = build_app(
-            Services(config, codec, Intake(config, codec), self.requests, self.desk, self.lifecycle)
-        )
+        self.app = build_app(Services(config, codec, Intake(config, codec), self.requests, self.desk, self.lifecycle))
         self._runner = asyncio.Runner()
         self._client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://test")
 
