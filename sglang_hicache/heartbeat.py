@@ -71,9 +71,9 @@ class Heartbeat:
         self._words[start + 1] = pending
         self._words[start + 2] = now_us
 
-    def mark_pending(self, rank: int) -> None:
-        """A tick is about to begin: if it never ends, the watchdog must not take the rank for idle."""
-        self._words[(rank + 1) * ROW_WORDS + 1] = True
+    def set_pending(self, rank: int, pending: bool) -> None:
+        """Between ticks.  Before one begins it is True: if it never ends, the rank must not be taken for idle."""
+        self._words[(rank + 1) * ROW_WORDS + 1] = pending
 
     def row(self, rank: int) -> Beat:
         """What one rank said last."""

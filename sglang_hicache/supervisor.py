@@ -4,8 +4,7 @@ Runs in the launcher, on its main thread (the kernel ties the life of a child to
 selector: a pidfd and a channel per child, and a pipe that signals arrive on.  It holds no thread and no torch, sends no
 message on any socket of the server, and never leaves a server half alive:
 
-    STARTING   ranks load; the tokenizer has imported what it needs and waits for its orders, so that it attaches the
-               storage and opens its port only when every rank is ready
+    STARTING   ranks load; the tokenizer answers probes with 503, waits for the ranks and attaches the storage
     SERVING    any exit, a `failed` line or a rank without ticks leads to FAILING
     STOPPING   SIGTERM: the tokenizer drains, detaches, tells the ranks to leave; all exit 0
     FAILING    the tokenizer gets a moment to answer its clients, then everything is killed; exit code 1
@@ -65,8 +64,6 @@ class Phase(enum.Enum):
 class ChildState(enum.Enum):
     """Where one child stands."""
 
-    #: Started, but its orders are still here.
-    WAITING = "waiting"
     STARTING = "starting"
     READY = "ready"
     GONE = "gone"
@@ -80,20 +77,11 @@ class ChildProcess:
     process: subprocess.Popen[bytes]
     pidfd: int
     channel_fd: int
-    orders: bytes
-    state: ChildState = ChildState.WAITING
+    state: ChildState = ChildState.STARTING
     #: What came over the channel after the last whole line.
     unread: bytes = b""
-    #: What it said when it failed, or ready.
+    #: What it said with its last line.
     said: str = ""
-
-    def give_orders(self) -> None:
-        """Let it begin.  If it has died meanwhile, its pidfd tells."""
-        self.state = ChildState.STARTING
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(self.orders)
-            self.process.stdin.close()
 
     def signal(self, number: int) -> None:
         """Send a signal, unless it is gone."""
@@ -146,10 +134,10 @@ class Supervisor:
 
     def _start(self) -> None:
         for rank in range(self._config.tp_size):
-            self._spawn(f"rank {rank}", rank, self._rank_environment).give_orders()
+            self._spawn(f"rank {rank}", rank, self._rank_environment)
         self._spawn("tokenizer", 0, {})
 
-    def _spawn(self, name: str, rank: int, environment: Mapping[str, str]) -> ChildProcess:
+    def _spawn(self, name: str, rank: int, environment: Mapping[str, str]) -> None:
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(writer, True)
         orders = Orders(
@@ -170,29 +158,30 @@ class Supervisor:
             )
         finally:
             os.close(writer)
-        child = ChildProcess(name, process, os.pidfd_open(process.pid), reader, msgspec.msgpack.encode(orders))
+        child = ChildProcess(name, process, os.pidfd_open(process.pid), reader)
         self._children[name] = child
         self._selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._ended(child))
         self._selector.register(child.channel_fd, selectors.EVENT_READ, lambda: self._heard(child))
-        return child
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin as stdin:  # if it has died, its pidfd tells
+            stdin.write(msgspec.msgpack.encode(orders))
 
     def _ready(self, child: ChildProcess) -> None:
         child.state = ChildState.READY
-        tokenizer = self._children["tokenizer"]
-        log.info("%s is ready%s", child.name, f": {child.said}" if child.said else "")
-        if tokenizer.state is ChildState.READY:
+        log.info("%s is ready", child.name)
+        if not self._unready():
             self._phase = Phase.SERVING
             self._heartbeat.state = ServerState.READY
-            log.info("ready: %s", tokenizer.said)
-        elif tokenizer.state is ChildState.WAITING and not self._unready("rank"):
-            tokenizer.give_orders()
+            log.info("ready: %s", self._url(self._children["tokenizer"].said))
 
-    def _unready(self, prefix: str) -> list[str]:
-        return [
-            child.name
-            for child in self._children.values()
-            if child.name.startswith(prefix) and child.state in (ChildState.WAITING, ChildState.STARTING)
-        ]
+    def _unready(self) -> list[str]:
+        return [child.name for child in self._children.values() if child.state is ChildState.STARTING]
+
+    def _url(self, port: str) -> str:
+        """Where clients find the server; the tokenizer knows the port that it got."""
+        http = self._config.http
+        host = f"[{http.host}]" if ":" in http.host else http.host
+        return f"{'https' if http.ssl_certfile else 'http'}://{host}:{port}"
 
     # ------------------------------------------------------------------------------------------- what is heard
 
@@ -305,7 +294,7 @@ class Supervisor:
         if now_s < self._deadline_s:
             return
         if self._phase is Phase.STARTING:
-            log.warning("not ready yet: %s", ", ".join(self._unready("")))
+            log.warning("not ready yet: %s", ", ".join(self._unready()))
             self._deadline_s = now_s + SLOW_START_S
         elif self._phase is Phase.STOPPING:
             alive = [child.name for child in self._children.values() if child.state is not ChildState.GONE]
@@ -332,8 +321,6 @@ class Supervisor:
                 os.close(child.pidfd)
             if child.channel_fd >= 0:
                 os.close(child.channel_fd)
-            if child.process.stdin is not None and not child.process.stdin.closed:
-                child.process.stdin.close()
         self._selector.close()
         self._heartbeat.close()
 

@@ -76,7 +76,7 @@ def tokenizer(scenario: str, me: child.Child) -> int:
     announce("tokenizer")
     told = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: told.set())
-    me.ready("http://127.0.0.1:1")
+    me.ready("30000")
     told.wait()
     print(f"tokenizer saw {me.heartbeat.state.name}", file=sys.stderr, flush=True)
     if me.heartbeat.state.name == "DRAINING" and scenario != "deaf":

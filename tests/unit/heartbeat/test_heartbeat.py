@@ -23,7 +23,7 @@ def test_rows_belong_to_ranks(heartbeat):
     assert heartbeat.row(0) == Beat(ticks=0, pending=False, at_us=0)
     assert heartbeat.row(1) == Beat(ticks=2, pending=False, at_us=9)
     assert heartbeat.row(2) == Beat(ticks=1, pending=True, at_us=7)
-    heartbeat.mark_pending(1)
+    heartbeat.set_pending(1, True)
     assert heartbeat.row(1) == Beat(ticks=2, pending=True, at_us=9)
 
 

@@ -1,0 +1,147 @@
+"""The calls of a tick, in order, and the sleep between ticks.  Nothing is decided here.
+
+    collect     messages of the tokenizer, of the storage processes, of other ranks; finished copies
+    plan        written (leader) or received (follower)
+    apply       the core says what this rank's hands must do
+    hands       copies out, copies in, storage instructions, storage messages, answers
+    forward     if there is a batch; its ids go back into the core
+    report      what this rank has seen, and that it has applied the plan
+
+One thread, one object per rank.  A rank without work sleeps in the poller until something arrives or a deadline comes.
+"""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from sglang_hicache import wire
+from sglang_hicache.errors import ProtocolError
+from sglang_hicache.heartbeat import Heartbeat
+from sglang_hicache.scheduler.core import Effects, SchedulerCore
+from sglang_hicache.scheduler.mailbox import Mailbox
+from sglang_hicache.scheduler.storage_driver import StorageDriver
+from sglang_hicache.sockets import Poller, Pull, Push
+from sglang_hicache.workers.batch import Worker
+
+#: On a device, copies finish without a descriptor that could wake the poller: look this often while some are under way.
+COPY_POLL_US = 1_000
+
+
+def now_us() -> int:
+    """The clock of one rank; only the leader's enters a plan."""
+    return time.monotonic_ns() // 1_000
+
+
+class TickLoop:
+    """One rank at work."""
+
+    def __init__(
+        self,
+        rank: int,
+        core: SchedulerCore,
+        worker: Worker,
+        driver: StorageDriver,
+        mailbox: Mailbox,
+        inbox: Pull,
+        to_tokenizer: Push,
+        poller: Poller,
+        heartbeat: Heartbeat,
+    ) -> None:
+        self._rank = rank
+        self._core = core
+        self._worker = worker
+        self._driver = driver
+        self._mailbox = mailbox
+        self._inbox = inbox
+        self._to_tokenizer = to_tokenizer
+        self._poller = poller
+        self._heartbeat = heartbeat
+        self._copies_under_way = 0
+        poller.register(inbox)
+
+    def run_blocking(self) -> None:
+        """Tick until a plan says to stop."""
+        while True:
+            now = now_us()
+            self._collect(now)
+            plan = self._mailbox.next_plan(self._driver.take_facts(), now)
+            if plan is None:
+                self._sleep_blocking()
+            elif self._tick_blocking(plan):
+                return
+
+    # --------------------------------------------------------------------------------------------- collect
+
+    def _collect(self, now: int) -> None:
+        for message in self._inbox.receive_all():
+            if isinstance(message, wire.QueryStatus):
+                self._send(self._status(message.id))
+            else:
+                self._mailbox.receive(message, now)
+        self._driver.poll(now)
+        finished = self._worker.finished_copies()
+        self._copies_under_way -= len(finished)
+        self._driver.copies_finished(finished)
+
+    def _status(self, query_id: str) -> wire.StatusAnswer:
+        status = self._core.status(query_id)
+        counters = status.counters | self._driver.counters.snapshot()
+        info = self._driver.info(status.epoch)
+        return msgspec.structs.replace(status, backend_info=info, counters=counters)
+
+    # ------------------------------------------------------------------------------------------------ tick
+
+    def _tick_blocking(self, plan: wire.TickPlan) -> bool:
+        """One plan, start to end; True: it was the last one."""
+        self._heartbeat.set_pending(self._rank, True)
+        effects = self._core.apply(plan)
+        self._carry_out(effects)
+        self._send_outputs(effects.outputs)
+        if effects.batch is not None:
+            token_ids = self._worker.forward_blocking(effects.batch)
+            self._send_outputs(self._core.apply_results(token_ids))
+        self._mailbox.applied(plan)
+        self._beat()
+        return effects.stop
+
+    def _carry_out(self, effects: Effects) -> None:
+        for copy in effects.copies_out:
+            self._worker.copy_out(copy.op_id, copy.device_pages, copy.host_pages)
+        for copy in effects.copies_in:
+            self._worker.copy_in(copy.op_id, copy.device_pages, copy.host_pages)
+        self._copies_under_way += len(effects.copies_out) + len(effects.copies_in)
+        for instruction in effects.storage:
+            self._driver.carry_out(instruction, now_us())
+        for epoch, message in effects.to_storage:
+            self._driver.send(epoch, message)
+        for answer in effects.answers:
+            self._send(answer)
+
+    def _send_outputs(self, outputs: list[wire.RequestOutput]) -> None:
+        """All ranks have the same; the leader speaks for them."""
+        if outputs and self._rank == 0:
+            self._send(wire.OutputBatch(outputs=outputs))
+
+    def _send(self, message: wire.FromRank) -> None:
+        if not self._to_tokenizer.send(message):
+            raise ProtocolError(
+                "the tokenizer has stopped reading; a lost answer would leave its client waiting for ever"
+            )
+
+    def _beat(self) -> None:
+        pending = self._core.has_work() or self._mailbox.is_waiting
+        self._heartbeat.tick(self._rank, pending, now_us())
+
+    # ----------------------------------------------------------------------------------------------- sleep
+
+    def _sleep_blocking(self) -> None:
+        self._heartbeat.set_pending(self._rank, self._mailbox.is_waiting)
+        known = [self._mailbox.wake_at_us(), self._driver.wake_at_us()]
+        now = now_us()
+        if self._copies_under_way:
+            known.append(now + COPY_POLL_US)
+        wake_at = min((at for at in known if at is not None), default=None)
+        # Rounded up: waking a moment before the deadline would only spin until it comes.
+        self._poller.wait(None if wake_at is None else max(0, -(-(wake_at - now) // 1_000)))

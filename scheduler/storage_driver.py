@@ -1,0 +1,225 @@
+"""The rank's hands on its storage processes: instructions and messages in, facts out.
+
+Owned by the loop of one rank, on the scheduler thread.  There is one `StorageClient` per epoch that is not reaped yet
+(during a drain or a kill there may be two).  The driver decides nothing: what it sees becomes facts, the leader judges
+them, and a plan brings them back to all ranks.  It never waits.
+
+    process says                    fact of this rank
+    opened / open failed            opened (rank's own description of the backend) / open_failed
+    progress of an op               pages so far, settled, closed
+    clear done                      clear
+    it ends, unasked                lost, then reaped
+    it ends, asked                  reaped
+    0.5 s after SIGKILL it lives    reap_timeout; reaped follows if it ever ends
+
+An op that could not be handed over (a full socket, a process that is gone) is settled and closed at zero pages here:
+nobody will ever touch it.  An op that was handed over is closed by the process itself, or by the reap.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sglang_hicache import wire
+from sglang_hicache.errors import ProtocolError, UserError
+from sglang_hicache.observe import Counters
+from sglang_hicache.sockets import Poller
+from sglang_hicache.storage import registry
+from sglang_hicache.storage.attachment_events import Kill, Spawn, Stop
+from sglang_hicache.workers.storage_client import StorageClient
+
+log = logging.getLogger(__name__)
+
+#: A process that has not ended this long after SIGKILL is in uninterruptible I/O; the leader must hear of it.
+REAP_TIMEOUT_US = 500_000
+
+QUEUE_FULL = "queue_full"
+
+Launch = Callable[[Spawn], StorageClient]
+
+
+@dataclass(slots=True)
+class Facts:
+    """What this rank has seen since it last told the leader."""
+
+    ops: dict[int, wire.OpFact] = field(default_factory=dict)
+    storage: list[wire.StorageFact] = field(default_factory=list)
+    clears: list[wire.ClearFact] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.ops or self.storage or self.clears)
+
+
+@dataclass(slots=True)
+class _Process:
+    """One epoch's process on this rank."""
+
+    client: StorageClient
+    #: After its end, hardware may still write: only a fence could prove that it does not, and there is none yet.
+    late_io: bool
+    info: dict[str, str] = field(default_factory=dict)
+    #: Why its end is expected; "" while it is not.
+    told: str = ""
+    #: Clock at which patience with a killed process ends; None: not killed, or already told.
+    reap_by_us: int | None = None
+    #: Revokes that did not fit into the socket: without them a drain would wait for ops that nobody wants.
+    unsent: list[wire.RevokeOp] = field(default_factory=list)
+
+
+class StorageDriver:
+    """All storage processes of one rank."""
+
+    def __init__(self, launch: Launch, poller: Poller) -> None:
+        self._launch = launch
+        self._poller = poller
+        self._processes: dict[int, _Process] = {}
+        self._facts = Facts()
+        self.counters = Counters()
+
+    # ------------------------------------------------------------------------------------------- from the core
+
+    def carry_out(self, instruction: Spawn | Stop | Kill, now_us: int) -> None:
+        """Start a storage process, ask it to go, or kill it."""
+        if isinstance(instruction, Spawn):
+            self._spawn(instruction)
+            return
+        process = self._processes.get(instruction.epoch)
+        if process is None:
+            return  # it ended by itself, and the fact is on its way to the leader
+        if isinstance(instruction, Stop):
+            process.told = process.told or "stopped"
+            process.client.stop()
+        else:
+            process.told = "killed"
+            process.reap_by_us = now_us + REAP_TIMEOUT_US
+            process.client.kill()
+
+    def _spawn(self, spawn: Spawn) -> None:
+        epoch = spawn.epoch
+        try:
+            _, settings = registry.validate_extra_config(spawn.backend, spawn.extra_config_json)
+            process = _Process(self._launch(spawn), registry.late_io(spawn.backend, settings))
+        except (OSError, UserError) as error:
+            log.warning("cannot start the storage process: %s", error, extra={"epoch": epoch})
+            self._tell("open_failed", epoch, f"cannot start the storage process: {error}")
+            self._tell("reaped", epoch)
+            self._tell("quiet", epoch)
+            return
+        self._processes[epoch] = process
+        for thing in process.client.fds():
+            self._poller.register(thing)
+
+    def send(self, epoch: int, message: wire.ToStorage) -> None:
+        """Hand a message to the process of an epoch."""
+        process = self._processes.get(epoch)
+        if process is not None and process.client.send(message):
+            return
+        reason = QUEUE_FULL if process is not None else "the storage process is gone"
+        match message:
+            case wire.ClearPages():
+                self._facts.clears.append(wire.ClearFact(message.command_id, reason))
+            case wire.LookupPages() | wire.ReadPages() | wire.WritePages():
+                self.counters.add(f"storage_refused_{QUEUE_FULL if process else 'gone'}")
+                log.debug("not handed to storage: %s", reason, extra={"op": message.op_id, "epoch": epoch})
+                self._facts.ops[message.op_id] = wire.OpFact(message.op_id, 0, True, True)
+            case wire.RevokeOp() if process is not None:
+                process.unsent.append(message)
+
+    # ------------------------------------------------------------------------------------ from the processes
+
+    def poll(self, now_us: int) -> None:
+        """Take what the processes have said and whether they live."""
+        for epoch, process in list(self._processes.items()):
+            self._hear(epoch, process)
+            if process.client.exited():
+                self._ended(epoch, process)
+            elif process.reap_by_us is not None and now_us >= process.reap_by_us:
+                process.reap_by_us = None
+                self._tell("reap_timeout", epoch, f"pid {process.client.pid} is in uninterruptible I/O")
+            while process.unsent and process.client.send(process.unsent[0]):
+                process.unsent.pop(0)
+
+    def _hear(self, epoch: int, process: _Process) -> None:
+        try:
+            messages = process.client.receive()
+        except ProtocolError as error:
+            # Nothing that it says can be trusted any more; its end is reported like any other.
+            log.error("killing the storage process: %s", error, extra={"epoch": epoch})
+            process.client.kill()
+            return
+        for message in messages:
+            self._heard(epoch, process, message)
+
+    def _heard(self, epoch: int, process: _Process, message: wire.FromStorage) -> None:
+        match message:
+            case wire.BackendOpened():
+                process.info = message.info
+                self._tell("opened", epoch, "\n".join(f"{name}={value}" for name, value in message.info.items()))
+            case wire.BackendOpenFailed():
+                process.told = "could not open"
+                self._tell("open_failed", epoch, message.reason)
+            case wire.OpProgress():
+                self._facts.ops[message.op_id] = wire.OpFact(
+                    message.op_id, message.pages, message.settled, message.closed
+                )
+                if message.corrupt:
+                    self.counters.add("storage_corrupt_pages", message.corrupt)
+                if message.reason:
+                    self.counters.add("storage_short_ops")
+                    log.debug("stopped short: %s", message.reason, extra={"op": message.op_id, "epoch": epoch})
+            case wire.ClearDone():
+                self._facts.clears.append(wire.ClearFact(message.command_id, message.reason))
+
+    def _ended(self, epoch: int, process: _Process) -> None:
+        self._hear(epoch, process)  # its last words may have come after the first look
+        status = process.client.reap()
+        for thing in process.client.fds():
+            self._poller.unregister(thing)
+        process.client.close()
+        del self._processes[epoch]
+        how = f"killed by signal {-status}" if status is not None and status < 0 else f"exit code {status}"
+        if not process.told:
+            log.error("the storage process has ended by itself: %s", how, extra={"epoch": epoch})
+            self._tell("lost", epoch, f"the storage process has ended by itself ({how})")
+        else:
+            log.info("the storage process is gone: %s, %s", process.told, how, extra={"epoch": epoch})
+        self._tell("reaped", epoch)
+        if not process.late_io:
+            self._tell("quiet", epoch)
+
+    def _tell(self, kind: wire.StorageFactKind, epoch: int, detail: str = "") -> None:
+        self._facts.storage.append(wire.StorageFact(kind, epoch, detail))
+
+    # ------------------------------------------------------------------------------------------- for the loop
+
+    def copies_finished(self, op_ids: list[int]) -> None:
+        """Copies between device and host ask nobody else: what is finished is settled and closed."""
+        for op_id in op_ids:
+            self._facts.ops[op_id] = wire.OpFact(op_id, ALL_PAGES, True, True)
+
+    def take_facts(self) -> Facts:
+        """What there is to report; the caller reports it."""
+        facts, self._facts = self._facts, Facts()
+        return facts
+
+    def wake_at_us(self) -> int | None:
+        """When the driver must look although nothing has arrived."""
+        return min((p.reap_by_us for p in self._processes.values() if p.reap_by_us is not None), default=None)
+
+    def info(self, epoch: int) -> dict[str, str]:
+        """What the backend of an epoch says of itself."""
+        process = self._processes.get(epoch)
+        return dict(process.info) if process is not None else {}
+
+    def close(self) -> None:
+        """At the very end: nothing of what is left may outlive the rank."""
+        for process in self._processes.values():
+            process.client.kill()
+            process.client.close()
+        self._processes.clear()
+
+
+#: A finished copy is whole: more pages than any op has, and the minimum over ranks is then what the others say.
+ALL_PAGES = 1 << 30
