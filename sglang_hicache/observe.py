@@ -25,8 +25,12 @@ ID_FIELDS = ("rid", "op", "command", "epoch", "plan")
 
 REDACTED = "***"
 
-#: Names of settings whose text is nobody's business ("access_key", "password", "api-token" ...).
-_SECRET_NAME = re.compile(r"(^|[_-])(key|secret|password|passwd|token|credential)s?($|[_-])", re.IGNORECASE)
+#: Names of settings whose text is nobody's business ("access_key", "password", "api-token", "apikey", "secretKey" ...).
+_SECRET_NAME = re.compile(
+    r"(^|[_-]|(?<=[a-z\d])(?=[A-Z]))"
+    r"(?i:(api|access|auth|private|secret)?(key|secret|password|passwd|pwd|token|credential)s?)"
+    r"($|[_-]|(?=[A-Z]))"
+)
 
 #: User and password of a URL.
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s\"']+(?=@)")

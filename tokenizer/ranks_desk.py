@@ -139,7 +139,8 @@ class RanksDesk:
         return question.answers
 
     def _log(self, outcome: Outcome) -> Outcome:
-        log.info("%s: %s", outcome.result.value, outcome.message, extra={"command": outcome.operation_id})
+        # Without the message: what the ranks say may quote a secret of the extra config, which only the caller can tell.
+        log.info("outcome: %s", outcome.result.value, extra={"command": outcome.operation_id})
         return outcome
 
 
