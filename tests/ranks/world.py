@@ -320,7 +320,8 @@ class World:
     def report(self, rank: SimRank, applied: int) -> None:
         ops, storage, clears = rank.take_facts()
         self.reports[rank.number].append(wire.RankReport(
-            rank=rank.number, applied=applied, digest=rank.digests.get(applied, 0), ops=ops, storage=storage, clears=clears
+            rank=rank.number, applied=applied, digest=rank.digests.get(applied, 0), ops=ops, storage=storage,
+            clears=clears,
         ))
 
     def deliver(self, rank: SimRank) -> None:
