@@ -1,7 +1,7 @@
-"""How a process tells what it does: the log, the story attached to an error, and counters.
+"""How a process tells what it does: the log, and counters.
 
 Used by every process.  `start_logging` is called once, by the process edge; the rest of the code uses plain `logging`
-and passes ids as `extra={"rid": ..., "op": ...}`, so that both forms of the log carry them as fields.  A `Story` and
+and passes ids as `extra={"rid": ..., "op": ...}`, so that both forms of the log carry them as fields.
 `Counters` belong to the one object (and thread) that made them.  Nothing here reads a clock for a decision.
 """
 
@@ -12,13 +12,10 @@ import logging
 import re
 import sys
 import time
-from collections import deque
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from sglang_hicache.config import LogConfig
-
-_Error = TypeVar("_Error", bound=BaseException)
 
 #: Ids that a log call may pass in `extra`: request, op, command, epoch of an attachment, plan number.
 ID_FIELDS = ("rid", "op", "command", "epoch", "plan")
@@ -128,34 +125,6 @@ def start_logging(speaker: str, config: LogConfig, secrets: Iterable[str] = ()) 
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(config.level.upper())
-
-
-class Story:
-    """The last events of one object, told in the note of an error: how it came to that.
-
-    Bounded, and numbered rather than timed, so that pure code may keep one.
-    """
-
-    def __init__(self, subject: str, limit: int = 64) -> None:
-        self._subject = subject
-        self._events: deque[str] = deque(maxlen=limit)
-        self._count = 0
-
-    def note(self, event: str, **fields: Any) -> None:
-        """Add an event."""
-        self._count += 1
-        tail = "".join(f" {name}={value!r}" for name, value in fields.items())
-        self._events.append(f"#{self._count} {event}{tail}")
-
-    def attach_to(self, error: _Error) -> _Error:
-        """Tell the story in the error's traceback; returns the error, to be raised."""
-        error.add_note(str(self))
-        return error
-
-    def __str__(self) -> str:
-        skipped = self._count - len(self._events)
-        head = f"story of {self._subject}" + (f" ({skipped} earlier events forgotten)" if skipped else "")
-        return "\n  ".join([head, *self._events])
 
 
 class Counters:

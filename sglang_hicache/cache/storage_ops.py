@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from sglang_hicache import wire
 from sglang_hicache.cache.op import Op, OpKind, OpTable
-from sglang_hicache.storage.attachment import Admitted, Instruction, OpClosed, StorageSlot
+from sglang_hicache.storage.attachment import StorageSlot
+from sglang_hicache.storage.attachment_events import Admitted, Instruction, OpClosed
 
 #: The storage process bounds its queues too; this bound is the one that all ranks agree on.
 MAX_IN_FLIGHT = 64

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import enum
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
@@ -34,9 +33,6 @@ from typing import TYPE_CHECKING, NoReturn
 import msgspec
 
 from sglang_hicache.errors import IntegrityError
-from sglang_hicache.storage.attachment_events import (
-    Admitted as Admitted,  # not used here, but users of the machine find all its words in one place
-)
 from sglang_hicache.storage.attachment_events import (
     Answer,
     Attach,
@@ -58,13 +54,11 @@ from sglang_hicache.storage.attachment_events import (
     Verdict,
     kind_of,
 )
+from sglang_hicache.story import Story
 from sglang_hicache.wire import StorageOutcome
 
 if TYPE_CHECKING:
     from sglang_hicache.cache.digest import StateDigest
-
-#: Steps that an IntegrityError can tell of.  Operations leave no line of their own, so this is many attachments.
-STORY_STEPS = 64
 
 
 # ------------------------------------------------------------------------------------------- the machine
@@ -110,7 +104,8 @@ class StorageSlot:
         #: Why the latest attachment failed or was killed; "" after a commit.
         self.last_error = ""
         self._digest = digest
-        self._story: deque[str] = deque(maxlen=STORY_STEPS)
+        #: Without the operations, which would soon push the attachments out of it.
+        self._story = Story("the storage slot")
 
     def __repr__(self) -> str:
         places = (("current", self.current), ("candidate", self.candidate), ("retiring", self.retiring))
@@ -184,7 +179,7 @@ class StorageSlot:
         instructions += self._answer_waiters()
         self._mix(kind, event)
         if kind not in (Kind.ADMITTED, Kind.OP_CLOSED):
-            self._story.append(f"{event} -> {self!r}")
+            self._story.note(f"{event} -> {self!r}")
         return instructions
 
     def leave(self, attachment: StorageAttachment) -> None:
@@ -194,8 +189,8 @@ class StorageSlot:
 
     def broken(self, what: str, event: Event) -> NoReturn:
         """Fail loudly, with what led here."""
-        lines = [f"storage attachment: {what}", f"event: {event}", f"slot: {self!r}", "story:", *self._story]
-        raise IntegrityError("\n  ".join(lines))
+        error = IntegrityError(f"storage attachment: {what}\n  event: {event}\n  slot: {self!r}")
+        raise self._story.attach_to(error)
 
     def _subjects(self, event: Event) -> list[tuple[State, StorageAttachment | None]]:
         """The attachments that an event is about, each with its state; DETACHED where there is none."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, field
 from typing import NamedTuple
 
-from sglang_hicache.storage.attachment import (
+from sglang_hicache.storage.attachment import StorageAttachment, StorageSlot
+from sglang_hicache.storage.attachment_events import (
     Admitted,
     Answer,
     Attach,
@@ -21,8 +22,6 @@ from sglang_hicache.storage.attachment import (
     QuarantineOps,
     ReleaseQuarantine,
     State,
-    StorageAttachment,
-    StorageSlot,
     Switch,
     Verdict,
 )

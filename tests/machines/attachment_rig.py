@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from sglang_hicache.storage.attachment import (
-    Admitted,
-    Attach,
-    Detach,
-    Instruction,
-    State,
-    StorageSlot,
-)
+from sglang_hicache.storage.attachment import StorageSlot
+from sglang_hicache.storage.attachment_events import Admitted, Attach, Detach, Instruction, State
 from sglang_hicache.wire import StorageEvent, StorageOutcome
 
 SECRET = '{"password": "hunter2"}'

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import NamedTuple
 
-from sglang_hicache.storage.attachment import State, StorageAttachment, StorageSlot
+from sglang_hicache.storage.attachment import StorageAttachment, StorageSlot
+from sglang_hicache.storage.attachment_events import State
 from tests.machines.attachment_replicas import Plan, Replica
 
 #: (kind, epoch or operation, rank)

@@ -16,15 +16,8 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from sglang_hicache.errors import IntegrityError
-from sglang_hicache.storage.attachment import (
-    Answer,
-    Kill,
-    Spawn,
-    State,
-    Stop,
-    StorageSlot,
-    Verdict,
-)
+from sglang_hicache.storage.attachment import StorageSlot
+from sglang_hicache.storage.attachment_events import Answer, Kill, Spawn, State, Stop, Verdict
 from tests.machines.attachment_replicas import BrokenPromise, Plan, Replica, Replicas, promise
 from tests.machines.attachment_rules import Fact, Life, Process, Rank, Rules
 

@@ -11,22 +11,18 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from sglang_hicache.storage import attachment as machine
-from sglang_hicache.storage.attachment import (
-    TABLE,
+from sglang_hicache.storage.attachment import TABLE, Handler, Never, StorageAttachment, StorageSlot
+from sglang_hicache.storage.attachment_events import (
     Answer,
     Attach,
     Event,
     FreeOps,
-    Handler,
     Instruction,
     Kill,
     Kind,
-    Never,
     QuarantineOps,
     ReleaseQuarantine,
     State,
-    StorageAttachment,
-    StorageSlot,
     Verdict,
 )
 from tests.machines.attachment_replicas import BrokenPromise, Plan

@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 
 from sglang_hicache.errors import IntegrityError
-from sglang_hicache.storage.attachment import (
-    TABLE,
+from sglang_hicache.storage.attachment import TABLE, Never
+from sglang_hicache.storage.attachment_events import (
     Admitted,
     Attach,
     Cleared,
     Detach,
     Event,
     Kind,
-    Never,
     OpClosed,
     ReleaseQuarantine,
     State,
@@ -73,7 +72,8 @@ def test_cell(state: State, kind: Kind) -> None:
     if expected == "-":
         with pytest.raises(IntegrityError) as caught:
             rig.slot.handle(_event(kind))
-        assert "story:" in str(caught.value)
+        assert kind.value in str(caught.value)
+        assert any("story of the storage slot" in note for note in caught.value.__notes__)
         return
     rig.slot.handle(_event(kind))
     attachment = rig.slot.find(1)

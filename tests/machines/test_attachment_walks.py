@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_hicache.storage.attachment import Verdict
+from sglang_hicache.storage.attachment_events import Verdict
 from tests.machines.attachment_world import Explorer, Scenario, Urgency, World
 
 COMMANDS = ("attach a", "attach late", "switch b", "switch late", "detach", "clear")

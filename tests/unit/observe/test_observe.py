@@ -6,7 +6,8 @@ import logging
 import pytest
 
 from sglang_hicache.config import LogConfig
-from sglang_hicache.observe import Counters, Story, redacted, secrets_in, start_logging
+from sglang_hicache.observe import Counters, redacted, secrets_in, start_logging
+from sglang_hicache.story import Story
 
 
 @pytest.fixture
