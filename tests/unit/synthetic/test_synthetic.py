@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from sglang_hicache.cache.pools import HostPool
 from sglang_hicache.errors import IntegrityError
-from sglang_hicache.workers.batch import ForwardBatch, ForwardRow, RowSampling
+from sglang_hicache.workers.batch import ForwardBatch, ForwardRow, RowSampling, Worker
 from sglang_hicache.workers.synthetic import SyntheticWorker
 
 GREEDY = RowSampling()
@@ -263,3 +264,13 @@ def test_repr_counts() -> None:
     run(worker, PROMPT, 0, [1, 2, 3])
     worker.copy_out(5, [1], [0])
     assert repr(worker) == "<SyntheticWorker rank 0/1 computed_tokens=11 held_copies=1>"
+
+
+def test_it_has_every_method_of_a_worker_with_the_same_parameters() -> None:
+    for name, member in vars(Worker).items():
+        if name.startswith("_"):
+            continue
+        if inspect.isfunction(member):
+            assert inspect.signature(vars(SyntheticWorker)[name]).parameters == inspect.signature(member).parameters
+        else:
+            assert name in vars(SyntheticWorker) or name in vars(SyntheticWorker())
