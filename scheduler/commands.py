@@ -48,7 +48,7 @@ class Commands:
             case wire.FlushCache():
                 self._flush(command, now_us)
             case wire.Shutdown():
-                self._answer(command.id, True, "stopping")
+                pass  # the loop ends with this tick, and the end of the processes is the answer
 
     def blockers(self) -> dict[str, int]:
         """What keeps this rank from being idle, by name."""

@@ -139,7 +139,7 @@ class SchedulerCore:
             priority=message.priority, arrival=self.tick * 1_000_000 + len(self._requests),
         )
         if refusal := self._refusal(request):
-            effects.outputs.append(request.output((), wire.FinishReason(type="abort", message=refusal)))
+            effects.outputs.append(request.output((), refusal))
             return
         if request.is_probe and self._requests:
             return  # whatever the running requests produce next proves health
@@ -154,18 +154,19 @@ class SchedulerCore:
                 request.rid, request.seed, key, self._pages.match(request), request.tokens, now_us
             )
 
-    def _refusal(self, request: Request) -> str:
-        """Why a request can never run, or not now; "" if it may wait in line."""
+    def _refusal(self, request: Request) -> wire.FinishReason | None:
+        """Why a request can never run, or not now; None if it may wait in line."""
+        why, status_code = "", 400
         if request.rid in self._requests:
-            return f"request id '{request.rid}' is in use: every running request needs its own"
-        if not request.tokens or len(request.tokens) >= self.longest_tokens:
-            return (
+            why = f"request id '{request.rid}' is in use: every running request needs its own"
+        elif not request.tokens or len(request.tokens) >= self.longest_tokens:
+            why = (
                 f"the prompt has {len(request.tokens)} tokens: between 1 and {self.longest_tokens - 1} are allowed "
                 "(--context-length and --max-total-tokens limit it)"
             )
-        if len(self.waiting) >= self._config.scheduler.max_queued_requests:
-            return f"{len(self.waiting)} requests are waiting, which is the limit: try again later"
-        return ""
+        elif len(self.waiting) >= self._config.scheduler.max_queued_requests:
+            why, status_code = f"{len(self.waiting)} requests are waiting, which is the limit: try again later", 503
+        return wire.FinishReason(type="abort", message=why, status_code=status_code) if why else None
 
     def _abort(self, rid: str, effects: Effects) -> None:
         """Free everything of a request at whatever stage it is; an unknown rid has ended meanwhile."""
@@ -216,7 +217,7 @@ class SchedulerCore:
         return wire.StatusAnswer(
             id=query_id, rank=self._rank, state=slot.face().value, epoch=slot.epoch, backend=slot.backend,
             in_flight=in_flight, queued_backups=len(tiers.backup), quarantined_pages=tiers.quarantine.pages,
-            last_error=slot.last_error, prefetch_policy=tiers.prefetcher.policy,
+            extra_config_json=slot.extra_config_json, last_error=slot.last_error, prefetch_policy=tiers.prefetcher.policy,
             write_policy=controller.write_policy, counters=counters, load=load,
         )
 
