@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import msgspec
 
@@ -24,6 +25,7 @@ from sglang_hicache.config import ServerConfig
 from sglang_hicache.errors import HiCacheError
 from sglang_hicache.heartbeat import Heartbeat
 from sglang_hicache.observe import secrets_in, start_logging
+from sglang_hicache.sockets import close_all_blocking
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +102,7 @@ def enter(role: str) -> Child:
     return Child(role, orders)
 
 
-def run(role: str, main: Callable[[Child], int]) -> None:
+def run(role: str, main: Callable[[Child], int]) -> NoReturn:
     """Edge of a child process: run `main` and leave with its exit code; an error is logged and told to the launcher."""
     child = enter(role)
     try:
@@ -113,7 +115,10 @@ def run(role: str, main: Callable[[Child], int]) -> None:
         log.exception("stopping on an unexpected error")
         child.failed(f"{type(error).__name__}: {error}")
         code = 1
-    sys.exit(code)
+    logging.shutdown()
+    close_all_blocking()
+    # Not sys.exit: taking torch and transformers apart object by object costs seconds, and nobody is left to see it.
+    os._exit(code)
 
 
 def _notes(error: BaseException) -> list[str]:

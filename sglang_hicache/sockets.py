@@ -4,8 +4,8 @@ The only file that imports zmq.  Every process uses it, each socket from exactly
 `ipc://` paths below the private run folder.  A `Push` carries the messages of one union of `wire`, in order, to one
 `Pull`; nothing here ever blocks except `Poller.wait`, and nothing is ever dropped: a full socket says so.
 
-Descriptors of ZMQ sockets are edge triggered.  Whoever sleeps on `Pull.fd` (asyncio) drains with `receive_all` until it is
-empty each time it wakes, and once right after registering; `Poller` knows about this by itself.
+Descriptors of ZMQ sockets are edge triggered.  Whoever sleeps on `Pull.fd` (asyncio) drains with `receive_all` until it
+is empty each time it wakes, and once right after registering; `Poller` knows about this by itself.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ def ipc_address(run_dir: str, name: str) -> str:
             "set XDG_RUNTIME_DIR or TMPDIR to a shorter folder"
         )
     return f"ipc://{path}"
+
+
+def close_all_blocking() -> None:
+    """At the end of a process: close what is open and wait until the last messages have left, LINGER_MS at most."""
+    zmq.Context.instance().destroy(LINGER_MS)
 
 
 class _Socket:
