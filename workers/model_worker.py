@@ -45,7 +45,8 @@ class ModelWorker:
         self._layout: KVLayout | None = None
         #: Set by `allocate`.
         self.runner: ModelRunner | None = None
-        self._copies: CopyEngine | None = None
+        #: Set by `allocate` when there is a host pool.
+        self.copies: CopyEngine | None = None
 
     @property
     def layout(self) -> KVLayout:
@@ -86,14 +87,14 @@ class ModelWorker:
         self.runner = ModelRunner(self._loaded(), pool, self._numerics)
         if host is not None:
             engine = CudaCopyEngine if self._device.type == "cuda" else CpuCopyEngine
-            self._copies = engine(pool, host_pages_of(host, self.layout, pool.kv.dtype))
+            self.copies = engine(pool, host_pages_of(host, self.layout, pool.kv.dtype))
 
     def forward_blocking(self, batch: ForwardBatch) -> list[int]:
         """Compute the rows; one token id per row that wants one, chosen by rank 0 for all."""
         if self.runner is None:
             raise IntegrityError("a forward before the device pool was allocated")
-        if self._copies is not None:
-            self._copies.fence()
+        if self.copies is not None:
+            self.copies.fence()
         logits = self.runner.forward(batch)
         wanted = [row.sampling for row in batch.rows if row.sampling is not None]
         if not wanted:
@@ -114,13 +115,13 @@ class ModelWorker:
 
     def finished_copies(self) -> list[int]:
         """Copies finished since the last call."""
-        return [] if self._copies is None else self._copies.finished()
+        return [] if self.copies is None else self.copies.finished()
 
     def close(self) -> None:
         """Give back the pools and leave the group."""
-        if self._copies is not None:
-            self._copies.close()
-        self._copies = self.runner = self._model = None
+        if self.copies is not None:
+            self.copies.close()
+        self.copies = self.runner = self._model = None
         self._group.close()
 
     def _loaded(self) -> PreTrainedModel:
@@ -129,9 +130,9 @@ class ModelWorker:
         return self._model
 
     def _engine(self) -> CopyEngine:
-        if self._copies is None:
+        if self.copies is None:
             raise IntegrityError("a copy without a host pool")
-        return self._copies
+        return self.copies
 
     def _exact_class(self, fingerprint: str) -> str:
         if self._device.type == "cuda":

@@ -27,7 +27,7 @@ class ModelRunner:
     """A model that attends through a device pool."""
 
     def __init__(self, model: PreTrainedModel, pool: DevicePool, numerics: Numerics) -> None:
-        self._model = model
+        self.model = model
         self.pool = pool
         self._planner = _PLANNERS[numerics]
         self._row_multiple = _ROW_MULTIPLES[numerics]
@@ -54,7 +54,7 @@ class ModelRunner:
         }
         if not packed.wanted_count:
             # Nothing but prompt chunks: the decoder alone, without the largest product of a small model.
-            self._model.base_model(**inputs)
+            self.model.base_model(**inputs)
             return packed.positions.new_empty((0, self._vocab_size), dtype=torch.float32)
-        logits = self._model(**inputs, logits_to_keep=packed.wanted).logits[0]
+        logits = self.model(**inputs, logits_to_keep=packed.wanted).logits[0]
         return logits[: packed.wanted_count].float()

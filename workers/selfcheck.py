@@ -132,8 +132,8 @@ def self_check(model: PreTrainedModel, layout: KVLayout, device: torch.device) -
     if wrong:
         raise UserError(
             f"--enable-deterministic-inference cannot be kept on this machine ({_machine(device)}): a token computed "
-            f"{' and '.join(wrong)} differs in its last bits. On a CPU, start through launch_server, which sets "
-            "MKL_CBWR=AUTO,STRICT, or set it together with OMP_NUM_THREADS=1; otherwise serve without the flag"
+            f"{' or '.join(wrong)} differs in its last bits. On a CPU, set MKL_CBWR=AUTO,STRICT, as launch_server "
+            "does, or OMP_NUM_THREADS=1; if that does not help, serve without the flag"
         )
     return hashlib.sha256(whole.hidden.float().cpu().numpy().tobytes()).hexdigest()[:12]
 

@@ -9,6 +9,7 @@ so a forward never reads a page that is still being filled, nor overwrites one t
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -116,7 +117,7 @@ class CudaCopyEngine:
     def __init__(self, pool: DevicePool, host: Tensor) -> None:
         self._kv = pool.kv
         self._host = host
-        self._stream = torch.cuda.Stream(pool.device)
+        self.stream = torch.cuda.Stream(pool.device)
         #: Issued and not yet reported, oldest first: one stream finishes them in this order.
         self._pending: deque[tuple[int, torch.cuda.Event]] = deque()
         # Without pinning a copy would go through a bounce buffer and block this thread.  The memfd's pages are
@@ -129,24 +130,24 @@ class CudaCopyEngine:
         )
 
     def copy_out(self, op_id: int, device_pages: Sequence[int], host_pages: Sequence[int]) -> None:
-        with self._issue(op_id):
+        with self._issuing(op_id):
             for devices, hosts in _steps(device_pages, host_pages):
-                index = torch.tensor(devices, device=self._kv.device)
+                index = self._index(devices)
                 packed = self._kv.index_select(2, index).permute(2, 0, 1, 3, 4, 5).contiguous()
                 for row, host in enumerate(hosts):
                     self._host[host].copy_(packed[row], non_blocking=True)
 
     def copy_in(self, op_id: int, device_pages: Sequence[int], host_pages: Sequence[int]) -> None:
-        with self._issue(op_id):
+        with self._issuing(op_id):
             for devices, hosts in _steps(device_pages, host_pages):
-                index = torch.tensor(devices, device=self._kv.device)
+                index = self._index(devices)
                 packed = self._kv.new_empty((len(hosts), *self._host.shape[1:]))
                 for row, host in enumerate(hosts):
                     packed[row].copy_(self._host[host], non_blocking=True)
                 self._kv.index_copy_(2, index, packed.permute(1, 2, 0, 3, 4, 5))
 
     def fence(self) -> None:
-        torch.cuda.current_stream(self._kv.device).wait_stream(self._stream)
+        torch.cuda.current_stream(self._kv.device).wait_stream(self.stream)
 
     def finished(self) -> list[int]:
         done = []
@@ -155,35 +156,21 @@ class CudaCopyEngine:
         return done
 
     def close(self) -> None:
-        self._stream.synchronize()
+        self.stream.synchronize()
         _check_cuda(torch.cuda.cudart().cudaHostUnregister(self._host.data_ptr()), "cudaHostUnregister")
         del self._host
 
-    def _issue(self, op_id: int) -> _IssuedCopy:
-        return _IssuedCopy(op_id, self._stream, self._kv.device, self._pending)
+    def _index(self, pages: list[int]) -> Tensor:
+        """Page numbers on the device, by way of pinned memory: any other way waits for the stream."""
+        return torch.tensor(pages).pin_memory().to(self._kv.device, non_blocking=True)
 
-
-class _IssuedCopy:
-    """Makes the copy stream current, behind everything computed so far, and marks the end of the copy on it."""
-
-    def __init__(
-        self, op_id: int, stream: torch.cuda.Stream, device: torch.device, pending: deque[tuple[int, torch.cuda.Event]]
-    ) -> None:
-        self._op_id = op_id
-        self._stream = stream
-        self._device = device
-        self._pending = pending
-        self._current = torch.cuda.stream(stream)
-
-    def __enter__(self) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        self._current.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        event = torch.cuda.Event()
-        event.record(self._stream)
-        self._pending.append((self._op_id, event))
-        self._current.__exit__(None, None, None)
+    @contextlib.contextmanager
+    def _issuing(self, op_id: int) -> Iterator[None]:
+        """Make the copy stream current, behind everything computed so far, and mark the copy's end on it."""
+        self.stream.wait_stream(torch.cuda.current_stream(self._kv.device))
+        with torch.cuda.stream(self.stream):
+            yield
+        self._pending.append((op_id, self.stream.record_event()))
 
 
 def _steps(device_pages: Sequence[int], host_pages: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -156,8 +155,3 @@ def greedy_batch(worker: ModelWorker, wanted: list[list[int]], count: int, chunk
 def page_contents(worker: ModelWorker, pages: list[int], tokens: int) -> Tensor:
     """Keys and values of the first `tokens` tokens of these pages."""
     return worker.runner.pool.kv[:, :, pages].flatten(2, 3)[:, :, :tokens].clone()
-
-
-def one_thread() -> None:
-    """For a child process before it computes: the machine is shared."""
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
