@@ -165,7 +165,8 @@ class SchedulerCore:
                 "(--context-length and --max-total-tokens limit it)"
             )
         elif len(self.waiting) >= self._config.scheduler.max_queued_requests:
-            why, status_code = f"{len(self.waiting)} requests are waiting, which is the limit: try again later", 503
+            why = f"{len(self.waiting)} requests are waiting, which is the limit: try again later"
+            status_code = 503
         return wire.FinishReason(type="abort", message=why, status_code=status_code) if why else None
 
     def _abort(self, rid: str, effects: Effects) -> None:
