@@ -139,7 +139,7 @@ class RanksDesk:
         return question.answers
 
     def _log(self, outcome: Outcome) -> Outcome:
-        # Without the message: what the ranks say may quote a secret of the extra config, which only the caller can tell.
+        # Without the message: it may quote a secret of the extra config, and only the caller knows which text that is.
         log.info("outcome: %s", outcome.result.value, extra={"command": outcome.operation_id})
         return outcome
 

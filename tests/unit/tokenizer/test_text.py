@@ -1,0 +1,155 @@
+"""Incremental decoding, stop strings, and the detokenizer that trims with both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_hicache.errors import UserError
+from sglang_hicache.text import IncrementalDecoder, StopMatch, StopMatcher, shared_tokenizer
+from sglang_hicache.tokenizer.detokenize import Detokenizer
+from sglang_hicache.wire import FinishReason, SamplingParams
+from tests.contract.fake_server import make_model
+
+END = 256
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def codec(model: str):
+    return shared_tokenizer(model)
+
+
+@pytest.mark.parametrize("text", ["plain", "héllo wörld", "漢字かな", "😀 and 👩‍👩‍👧", "é", "\ufffd?", ""])
+def test_pieces_join_to_the_whole(model: str, codec, text: str) -> None:
+    decoder = IncrementalDecoder(model)
+    pieces = [decoder.push([token_id]) for token_id in codec.encode(text).ids]
+    assert "".join(pieces) + decoder.finish() == text
+
+
+def test_half_a_character_is_not_given_out(model: str, codec) -> None:
+    decoder = IncrementalDecoder(model)
+    first, second, third = codec.encode("漢").ids
+    assert [decoder.push([first]), decoder.push([second]), decoder.push([third])] == ["", "", "漢"]
+
+
+def test_half_a_character_at_the_end_is_given_out_by_finish(model: str, codec) -> None:
+    decoder = IncrementalDecoder(model)
+    ids = codec.encode("a漢").ids
+    assert decoder.push(ids[:-1]) == "a"
+    assert decoder.finish() == "\ufffd"
+    assert decoder.finish() == ""
+
+
+def test_rubbish_does_not_hold_the_text_back(model: str, codec) -> None:
+    """A model with random weights writes bytes that never become a character."""
+    stray = codec.encode("漢").ids[1]
+    decoder = IncrementalDecoder(model)
+    given_out = [decoder.push([stray]) for _ in range(20)]
+    assert len("".join(given_out)) >= 20 - 4
+
+
+def test_special_tokens(model: str) -> None:
+    assert IncrementalDecoder(model, skip_special_tokens=True).push([END]) == ""
+    assert IncrementalDecoder(model, skip_special_tokens=False).push([END]) == "<|end|>"
+
+
+@given(data=st.data())
+def test_any_text_in_any_pieces(model: str, codec, data: st.DataObject) -> None:
+    text = data.draw(st.text(max_size=40))
+    ids = codec.encode(text).ids
+    decoder, pieces = IncrementalDecoder(model), []
+    while ids:
+        size = data.draw(st.integers(1, len(ids)))
+        pieces.append(decoder.push(ids[:size]))
+        ids = ids[size:]
+    assert "".join(pieces) + decoder.finish() == text
+
+
+@given(ids=st.lists(st.integers(0, 256), max_size=60))
+def test_any_ids_one_by_one(model: str, codec, ids: list[int]) -> None:
+    """Invalid bytes too: what is given out piece by piece is what decoding at once gives."""
+    decoder = IncrementalDecoder(model)
+    pieces = [decoder.push([token_id]) for token_id in ids]
+    assert "".join(pieces) + decoder.finish() == codec.decode(ids)
+
+
+def test_a_folder_without_tokenizer_is_the_operator_s_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tokenizer.json does not exist"):
+        IncrementalDecoder(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="not a tokenizer"):
+        IncrementalDecoder(str(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------- stop strings
+
+
+@given(
+    text=st.text("ab", max_size=30),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_a_stop_is_found_where_it_begins_first(text: str, stops: list[str]) -> None:
+    """Letter by letter, the match is the stop whose end comes first; nothing before it is lost."""
+    matcher = StopMatcher(stops)
+    for size, letter in enumerate(text, 1):
+        found = matcher.push(letter)
+        expected = [(size - len(stop), order) for order, stop in enumerate(stops) if text[:size].endswith(stop)]
+        if expected:
+            start, order = min(expected)
+            assert found == StopMatch(stops[order], start)
+            return
+        assert found is None
+
+
+@given(text=st.text("ab", max_size=20), stop=st.text("ab", min_size=1, max_size=4))
+def test_held_is_the_longest_possible_beginning(text: str, stop: str) -> None:
+    if stop in text:
+        return
+    matcher = StopMatcher([stop])
+    matcher.push(text)
+    expected = max((size for size in range(len(stop)) if text.endswith(stop[:size])), default=0)
+    assert matcher.held == expected
+
+
+def test_no_stop_holds_nothing() -> None:
+    matcher = StopMatcher(["", ""])
+    assert matcher.push("anything") is None
+    assert matcher.held == 0
+
+
+# ---------------------------------------------------------------------------------------------- detokenizer
+
+
+def test_beginning_of_a_stop_is_held_and_given_when_it_was_none(model: str, codec) -> None:
+    detokenizer = Detokenizer(model, SamplingParams(stop=("stop",)))
+    assert detokenizer.push(codec.encode("a st").ids, None) == "a "
+    assert detokenizer.push(codec.encode("ay").ids, None) == "stay"
+    assert detokenizer.push(codec.encode("s sto").ids, FinishReason(type="length")) == "s sto"
+
+
+def test_matched_stop_is_cut(model: str, codec) -> None:
+    detokenizer = Detokenizer(model, SamplingParams(stop=("never", "stop")))
+    assert detokenizer.push(codec.encode("a st").ids, None) == "a "
+    assert detokenizer.push(codec.encode("op x").ids, FinishReason(type="stop", matched="stop")) == ""
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_matched_stop_token_is_cut(model: str, codec, skip: bool) -> None:
+    detokenizer = Detokenizer(model, SamplingParams(skip_special_tokens=skip))
+    ids = [*codec.encode("end").ids, END]
+    assert detokenizer.push(ids, FinishReason(type="stop", matched=END)) == "end"
+
+
+def test_an_ending_without_tokens(model: str, codec) -> None:
+    detokenizer = Detokenizer(model, SamplingParams())
+    first, *_ = codec.encode("é").ids
+    assert detokenizer.push([first], None) == ""
+    assert detokenizer.push((), FinishReason(type="abort")) == "\ufffd"
