@@ -103,7 +103,7 @@ class _Page:
     def __init__(self, layout: PageLayout, key: bytes, payload: memoryview) -> None:
         if len(payload) != layout.payload_bytes:
             raise ValueError(f"a payload of {len(payload)} bytes, pages here have {layout.payload_bytes}")
-        self.name = layout.name(key)
+        self.name = PageName(layout.namespace, key, layout.head_start, layout.head_end)
         self.payload = payload
         self._layout = layout
         self._hash = xxhash.xxh3_128()
@@ -123,8 +123,9 @@ class _Page:
         self._hashed = 0
 
     def _hash_up_to(self, end: int) -> None:
-        if end > self._hashed:
-            self._hash.update(self.payload[self._hashed : end])
+        start = self._hashed
+        if end > start:
+            self._hash.update(self.payload[start:end])
             self._hashed = end
 
 
@@ -196,5 +197,5 @@ class IncomingPage(_Page):
         if part_count != layout.part_count or payload_bytes != layout.payload_bytes or part_table != layout.part_table:
             return Verdict.FOREIGN
         self._hash_up_to(payload_bytes)
-        self._hash.update(memoryview(self.header)[:_CHECKED_BYTES])
+        self._hash.update(self.header[:_CHECKED_BYTES])
         return Verdict.GOOD if self._hash.digest() == checksum else Verdict.CHECKSUM

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -283,3 +284,46 @@ class TestTouch:
         backend, found = self._aged(open_backend, root, 1000)
         found[0].unlink()
         pages.store(backend).touch_blocking(pages.keys(3))
+
+
+class TestSharedReads:
+    """A batch is read by several threads; what comes out must not show it."""
+
+    @pytest.mark.parametrize("count", [1, 7, 8, 9, 64])
+    def test_order_is_kept(self, open_backend: Open, root: Path, count: int) -> None:
+        backend = open_backend("file", {"file_storage_path": str(root)})
+        _write(backend, count)
+        targets = pages.empty(count)
+        assert pages.store(backend).read_blocking(pages.keys(count), targets) == BatchResult(count)
+        assert targets == [pages.content(number) for number in range(1, count + 1)]
+
+    @pytest.mark.parametrize("gap", [0, 1, 31, 32, 33, 63])
+    def test_pages_behind_a_gap_do_not_count(self, open_backend: Open, root: Path, gap: int) -> None:
+        backend = open_backend("file", {"file_storage_path": str(root)})
+        _write(backend, 64)
+        pages.page_files(root)[gap].unlink()
+        assert _read(backend, 64) == BatchResult(gap, reason="miss")
+
+    def test_call_ends_only_when_every_reader_is_done(
+        self, open_backend: Open, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The first page is a miss at once; a helper that is still reading would write into memory given back."""
+        backend = open_backend("file", {"file_storage_path": str(root)})
+        _write(backend, 64)
+        pages.page_files(root)[0].unlink()
+        order: list[str] = []
+        reading, go_on, preadv = threading.Event(), threading.Event(), os.preadv
+
+        def held(*args: Any) -> int:
+            reading.set()
+            assert go_on.wait(10)
+            order.append("read")
+            return preadv(*args)
+
+        monkeypatch.setattr(os, "preadv", held)
+        caller = threading.Thread(target=lambda: (_read(backend, 64), order.append("returned")))
+        caller.start()
+        assert reading.wait(10)
+        go_on.set()
+        caller.join()
+        assert order == ["read"] * 32 + ["returned"]
