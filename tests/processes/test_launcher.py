@@ -164,7 +164,7 @@ def test_children_die_with_the_launcher(launch):
         wait_until_gone(pid)
 
 
-def test_no_key_in_any_argv_environment_or_log(launch):
+def test_fm60_no_key_in_any_argv_environment_or_log(launch):
     server = launch("raise")
     server.finish()
     assert SECRET not in server.text

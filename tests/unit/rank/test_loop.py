@@ -1,0 +1,141 @@
+"""The tick loop of a single rank with a synthetic model: from a request on the socket to its answer, and the sleep."""
+
+import contextlib
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from sglang_hicache import wire
+from sglang_hicache.cache.pools import HostPool
+from sglang_hicache.errors import ProtocolError
+from sglang_hicache.heartbeat import Heartbeat
+from sglang_hicache.scheduler.core import SchedulerCore
+from sglang_hicache.scheduler.loop import TickLoop
+from sglang_hicache.scheduler.mailbox import LeaderMailbox
+from sglang_hicache.scheduler.storage_driver import StorageDriver
+from sglang_hicache.sockets import Poller, Pull, Push, ipc_address
+from sglang_hicache.workers.synthetic import SyntheticWorker
+
+SHUTDOWN = wire.Shutdown(id="bye")
+
+#: Sent by the test itself when the loop has ended: nothing of the rank can come after it.
+END = wire.CommandAnswer(id="end", rank=0, success=True)
+
+
+class Rank:
+    """Rank 0 of 1 and the tokenizer's ends of its sockets."""
+
+    def __init__(self, config, stack: contextlib.ExitStack, worker: SyntheticWorker, answers_high_water: int = 1000):
+        pool = config.pool
+        worker.load_blocking(pool.page_size)
+        host = stack.enter_context(HostPool(pool.host_tokens // pool.page_size, worker.layout.page_bytes))
+        worker.allocate(pool.device_tokens // pool.page_size + 1, host)
+        stack.callback(worker.close)
+        self.worker = worker
+        self.heartbeat = Heartbeat.create(1)
+        stack.callback(self.heartbeat.close)
+        poller = Poller()
+        self.core = SchedulerCore(config, 0)
+        mailbox = LeaderMailbox(config, self.core, poller)
+        driver = StorageDriver(None, poller)
+        inbox = Pull(ipc_address(config.run_dir, "to_rank_0"), wire.ToRank, bind=True)
+        self.from_rank = Pull(ipc_address(config.run_dir, "from_ranks"), wire.FromRank, bind=True)
+        self.to_rank = Push(ipc_address(config.run_dir, "to_rank_0"), wire.ToRank)
+        self.to_tokenizer = Push(
+            ipc_address(config.run_dir, "from_ranks"), wire.FromRank, high_water=answers_high_water
+        )
+        for thing in (mailbox, inbox, self.from_rank, self.to_rank, self.to_tokenizer):
+            stack.callback(thing.close)
+        self.loop = TickLoop(0, self.core, worker, driver, mailbox, inbox, self.to_tokenizer, poller, self.heartbeat)
+
+    def run(self, *messages: wire.ToRank) -> list[wire.FromRank]:
+        """Send messages and let the rank work until a shutdown; everything that came back."""
+        for message in messages:
+            assert self.to_rank.send(message)
+        self.loop.run_blocking()
+        self.to_tokenizer.send(END)
+        poller, received = Poller(), []
+        poller.register(self.from_rank)
+        while END not in received:
+            assert poller.wait(10_000), f"the end never came after {received}"
+            received += self.from_rank.receive_all()
+        return received[:-1]
+
+
+@pytest.fixture
+def one_rank(config):
+    return msgspec.structs.replace(config, tp_size=1)
+
+
+def request(rid: str, tokens: list[int], count: int) -> wire.NewRequest:
+    return wire.NewRequest(
+        rid=rid, token_ids=tokens, sampling=wire.SamplingParams(max_new_tokens=count, temperature=0.0, ignore_eos=True)
+    )
+
+
+class FinalWorker(SyntheticWorker):
+    """Sends the shutdown when it has computed enough, so that the loop lives as long as the requests."""
+
+    def __init__(self, forwards: int) -> None:
+        super().__init__()
+        self.send_shutdown: Callable[[], object] = lambda: None
+        self._left = forwards
+
+    def forward_blocking(self, batch):
+        self._left -= 1
+        if self._left == 0:
+            self.send_shutdown()
+        return super().forward_blocking(batch)
+
+
+def serving(config, stack: contextlib.ExitStack, forwards: int) -> Rank:
+    """A rank that is told to stop during its last forward."""
+    worker = FinalWorker(forwards)
+    rank = Rank(config, stack, worker)
+    worker.send_shutdown = lambda: rank.to_rank.send(SHUTDOWN)
+    return rank
+
+
+def test_a_request_is_answered_token_by_token(one_rank):
+    with contextlib.ExitStack() as stack:
+        rank = serving(one_rank, stack, forwards=5)
+        outputs = [output for batch in rank.run(request("r", [5, 3, 1] * 5, 5)) for output in batch.outputs]
+        assert [token for output in outputs for token in output.token_ids] == rank.worker.reference([5, 3, 1] * 5, 5)
+        assert outputs[-1].finish == wire.FinishReason(type="length")
+        assert [output.prompt_tokens for output in outputs] == [15] * len(outputs)
+
+
+def test_the_heartbeat_counts_ticks_and_says_whether_there_is_work(one_rank):
+    with contextlib.ExitStack() as stack:
+        rank = serving(one_rank, stack, forwards=3)
+        rank.run(request("r", [5, 3, 1], 50))
+        row = rank.heartbeat.row(0)
+        assert row.ticks >= 3
+        assert row.pending, "the request was still running when the last tick ended"
+
+
+def test_a_question_about_the_status_is_answered_without_a_plan(one_rank):
+    with contextlib.ExitStack() as stack:
+        rank = Rank(one_rank, stack, SyntheticWorker())
+        (status,) = rank.run(wire.QueryStatus(id="q"), SHUTDOWN)
+        assert (status.id, status.rank, status.state) == ("q", 0, "detached")
+        assert rank.core.tick == 1, "only the shutdown took a plan"
+
+
+def test_a_refusal_is_sent_without_a_forward(one_rank):
+    with contextlib.ExitStack() as stack:
+        rank = Rank(one_rank, stack, SyntheticWorker())
+        (batch,) = rank.run(request("r", [], 1), SHUTDOWN)
+        assert batch.outputs[0].finish.type == "abort"
+        assert rank.worker.forwards == 0
+
+
+def test_a_tokenizer_that_does_not_read_stops_the_rank(one_rank):
+    with contextlib.ExitStack() as stack:
+        rank = Rank(one_rank, stack, SyntheticWorker(), answers_high_water=1)
+        rank.from_rank.close()
+        for number in range(5000):
+            rank.to_rank.send(wire.QueryStatus(id=str(number)))
+        with pytest.raises(ProtocolError, match="stopped reading"):
+            rank.loop.run_blocking()
