@@ -76,9 +76,9 @@ class PageAllocator:
         if not pages:
             return
         is_used, first, end = self._is_used, self._first, len(self._is_used)
+        if min(pages) < first or max(pages) >= end:
+            raise IntegrityError(f"{self.name} pool: {min(pages)}..{max(pages)} freed, it has {first}..{end - 1}")
         for page in pages:
-            if not first <= page < end:
-                raise IntegrityError(f"{self.name} pool: page {page} was freed but the pool has {first}..{end - 1}")
             if not is_used[page]:
                 raise IntegrityError(f"{self.name} pool: page {page} was freed twice")
             is_used[page] = 0
