@@ -150,8 +150,9 @@ def hidden_import(file: SourceFile) -> Iterator[Violation]:
     }
     doors: set[int] = set()
     for line, node in sorted(hidden.items()):
-        if LAZY_DOOR in file.lines[line - 1] or line - 1 in doors:  # the next lines go through the same door
-            doors.add(line)
+        own = file.lines[line - 1 : node.end_lineno]
+        if any(LAZY_DOOR in text for text in own) or line - 1 in doors:  # the next import goes through the same door
+            doors.add(node.end_lineno or line)
         else:
             yield violation(file, node, f"import inside a function without `{LAZY_DOOR.strip()} <reason>`")
 
