@@ -25,8 +25,9 @@ _logger = logging.getLogger(__name__)
 #: Ops that may wait in one lane.  Above it the op is refused and settles at once; the controller offers it again.
 QUEUE_LIMIT = 4096
 
-#: A batch ends here: often enough for a revoke to bite within milliseconds, seldom enough that reporting costs nothing.
-BATCH_BYTES = 8 * 1024 * 1024
+#: A batch ends here: often enough for a revoke to bite within some 10 ms, seldom enough that reporting costs nothing,
+#: and large enough that a backend which reads pages side by side gets several of the largest.
+BATCH_BYTES = 32 * 1024 * 1024
 BATCH_PAGES = 128
 
 #: Names looked up in one call.

@@ -16,6 +16,7 @@ from sglang_hicache.storage.backend import PageOutcome, PageResult, StorageBacke
 from sglang_hicache.storage.checked import CheckedStore
 from sglang_hicache.storage.page_format import (
     CHUNK_BYTES,
+    WRITE_CHUNK_BYTES,
     IncomingPage,
     OutgoingPage,
     PageLayout,
@@ -49,7 +50,7 @@ def check_self_test(make: Make) -> None:
 def check_round_trip(make: Make) -> None:
     """What was written is read, byte by byte, whatever the size of a page."""
     with _opened(make) as backend:
-        for size in (1, _PAGE_BYTES, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES - 256):
+        for size in (1, _PAGE_BYTES, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES - 256, WRITE_CHUNK_BYTES + 1):
             layout = _layout(page_bytes=size)
             keys, contents = _write(backend, layout, 3)
             targets = [bytearray(size) for _ in keys]

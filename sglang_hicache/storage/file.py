@@ -34,6 +34,7 @@ from sglang_hicache.storage.page_format import (
     CHUNK_BYTES,
     HEADER_BYTES,
     MAGIC,
+    WRITE_CHUNK_BYTES,
     IncomingPage,
     OutgoingPage,
     PageName,
@@ -51,8 +52,8 @@ TOUCH_INTERVAL_S = 60.0
 #: and while one thread hashes what has come, another reads.
 READERS = 2
 
-#: A batch is shared only if every reader gets this much; handing over costs about as much as a small page.
-LEAST_SHARE_PAGES = 4
+#: A batch is shared only if every reader gets this much; handing over costs about as much as reading a small page.
+LEAST_SHARE_BYTES = 256 * 1024
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -96,7 +97,7 @@ class FileBackend(StorageBackend):
 
     def read_blocking(self, pages: Sequence[IncomingPage]) -> list[PageOutcome]:
         share = -(-len(pages) // READERS)
-        if share < LEAST_SHARE_PAGES:
+        if len(pages) < READERS or share * len(pages[0].payload) < LEAST_SHARE_BYTES:
             return self._read_in_order(pages)
         shares = [pages[start : start + share] for start in range(0, len(pages), share)]
         helping = [self._helpers.submit(self._read_in_order, part) for part in shares[1:]]
@@ -344,7 +345,7 @@ def _fill(descriptor: int, page: IncomingPage) -> bool:
 
 def _pour(descriptor: int, page: OutgoingPage) -> None:
     """Write header and payload.  The header comes last, because it holds the hash of the rest."""
-    if len(page.payload) <= CHUNK_BYTES:
+    if len(page.payload) <= WRITE_CHUNK_BYTES:
         _write_all(descriptor, [page.header(), page.payload], 0)
         return
     for start, chunk in page.chunks():

@@ -257,7 +257,7 @@ class TestRevoke:
         order = [message.op_id for message in rank.heard if isinstance(message, wire.OpProgress) and message.settled]
         assert order[-2:] == [3, 2]
 
-    def test_fm12_fm23_fm37_nothing_is_written_behind_a_closed_op(self, start: Start, gate: Gate) -> None:
+    def test_fm12_fm23_nothing_is_written_behind_a_closed_op(self, start: Start, gate: Gate) -> None:
         rank = _started(start, "faulty", _faulty("read", "hold", first=1, count=1, gate=str(gate.folder)))
         rank.write(1, 200, host_page=0)
         rank.end_of(1)

@@ -15,7 +15,7 @@ import pytest
 from sglang_hicache.errors import StorageError
 from sglang_hicache.storage import file
 from sglang_hicache.storage.checked import BatchResult
-from sglang_hicache.storage.page_format import CHUNK_BYTES, HEADER_BYTES
+from sglang_hicache.storage.page_format import CHUNK_BYTES, HEADER_BYTES, WRITE_CHUNK_BYTES
 from tests.storage import pages
 from tests.storage.conftest import Open
 
@@ -174,7 +174,7 @@ class TestPages:
         assert _write(backend, 1).pages == 1
         assert _read(backend, 1) == BatchResult(1)
 
-    @pytest.mark.parametrize("size", [pages.PAGE_BYTES, 2 * CHUNK_BYTES])
+    @pytest.mark.parametrize("size", [pages.PAGE_BYTES, 2 * CHUNK_BYTES, WRITE_CHUNK_BYTES + 1])
     def test_fm10_page_that_is_longer_or_shorter_than_it_should_be_is_a_miss(
         self, open_backend: Open, root: Path, size: int
     ) -> None:
@@ -289,7 +289,11 @@ class TestTouch:
 class TestSharedReads:
     """A batch is read by several threads; what comes out must not show it."""
 
-    @pytest.mark.parametrize("count", [1, 7, 8, 9, 64])
+    @pytest.fixture(autouse=True)
+    def share_small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(file, "LEAST_SHARE_BYTES", 2 * pages.PAGE_BYTES)
+
+    @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 64])
     def test_order_is_kept(self, open_backend: Open, root: Path, count: int) -> None:
         backend = open_backend("file", {"file_storage_path": str(root)})
         _write(backend, count)

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_hicache.storage.page_format import (
-    CHUNK_BYTES,
     HEADER_BYTES,
     MAGIC,
     ROOT_PARENT,
+    WRITE_CHUNK_BYTES,
     IncomingPage,
     OutgoingPage,
     PageLayout,
@@ -74,13 +74,15 @@ def test_pieces_may_arrive_in_any_steps(data: st.DataObject) -> None:
     assert page.judge() is Verdict.GOOD
 
 
-@pytest.mark.parametrize("size", [1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 2 * CHUNK_BYTES + 5])
+@pytest.mark.parametrize(
+    "size", [1, WRITE_CHUNK_BYTES - 1, WRITE_CHUNK_BYTES, WRITE_CHUNK_BYTES + 1, 2 * WRITE_CHUNK_BYTES + 5]
+)
 def test_chunks_are_the_payload_and_do_not_change_the_header(size: int) -> None:
     whole = OutgoingPage(pages.layout(size=size), pages.key(7), pages.content(1, size), b"", 0)
     pieces = OutgoingPage(pages.layout(size=size), pages.key(7), pages.content(1, size), b"", 0)
     chunks = list(pieces.chunks())
     assert b"".join(chunk for _, chunk in chunks) == whole.payload
-    assert [start for start, _ in chunks] == list(range(0, size, CHUNK_BYTES))
+    assert [start for start, _ in chunks] == list(range(0, size, WRITE_CHUNK_BYTES))
     assert pieces.header() == whole.header()
 
 
