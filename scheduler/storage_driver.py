@@ -37,6 +37,9 @@ REAP_TIMEOUT_US = 500_000
 
 QUEUE_FULL = "queue_full"
 
+#: Pages of a copy that has finished: more than any op has, so that it never lowers the minimum over ranks.
+ALL_PAGES = 1 << 30
+
 Launch = Callable[[Spawn], StorageClient]
 
 
@@ -219,7 +222,3 @@ class StorageDriver:
             process.client.kill()
             process.client.close()
         self._processes.clear()
-
-
-#: A finished copy is whole: more pages than any op has, and the minimum over ranks is then what the others say.
-ALL_PAGES = 1 << 30
