@@ -24,6 +24,9 @@ REPLACEMENT = "\ufffd"
 #: With more than this pending, the first of them are no character's beginning but rubbish, and are shown as such.
 LONGEST_CHARACTER = 4
 
+#: Tokens of context that are enough even when none of them has text; more would make endless special tokens quadratic.
+LONGEST_CONTEXT = 64
+
 
 @functools.lru_cache(maxsize=4)
 def shared_tokenizer(tokenizer_path: str) -> Tokenizer:
@@ -81,8 +84,13 @@ class IncrementalDecoder:
         return self._give(len(self._ids), self._decode(self._given), self._decode(len(self._ids)))
 
     def _give(self, end: int, known: str, text: str) -> str:
-        self._context, self._given = self._given, end
-        return text[len(known) :]
+        fresh = text[len(known) :]
+        # Ids without text (special tokens that are skipped) are no context: a decoder that strips the first space of
+        # a text would take the next word for its beginning.
+        if fresh or self._given - self._context > LONGEST_CONTEXT:
+            self._context = self._given
+        self._given = end
+        return fresh
 
     def _decode(self, end: int) -> str:
         return self._tokenizer.decode(self._ids[self._context : end], skip_special_tokens=self._skip_special)

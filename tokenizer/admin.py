@@ -213,7 +213,7 @@ def _told(outcome: Outcome, success: str, failure: str, hide: Redaction | None =
     line = success if outcome.result is Result.SUCCEEDED else failure
     message = (hide or Redaction(()))(outcome.message)
     log.info("%s %s", line, message, extra={"command": outcome.operation_id})
-    return text_reply(f"{line}\n{message}" if message else line, _STATUS[outcome.result])
+    return text_reply(line if message in ("", line) else f"{line}\n{message}", _STATUS[outcome.result])
 
 
 def _rank(rank: int, answer: StatusAnswer | None) -> dict[str, Any]:

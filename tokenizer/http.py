@@ -26,7 +26,7 @@ from sglang_hicache.tokenizer.generate import NativeRoutes
 from sglang_hicache.tokenizer.info import InfoRoutes
 from sglang_hicache.tokenizer.openai import OpenAIRoutes
 from sglang_hicache.tokenizer.openapi import openapi_document
-from sglang_hicache.tokenizer.replies import JsonReply
+from sglang_hicache.tokenizer.replies import JsonReply, text_reply
 from sglang_hicache.tokenizer.routes import RouteSpec
 from sglang_hicache.tokenizer.services import Services
 
@@ -52,25 +52,25 @@ class HealthRoutes:
     async def health(self, request: Request) -> Response:
         """GET /health: up, and (unless switched off) the scheduler answers."""
         if obstacle := self._services.lifecycle.obstacle():
-            return Response(obstacle, 503)
+            return text_reply(obstacle, 503)
         return await self._probe() if self._asks_scheduler else Response(status_code=200)
 
     async def health_generate(self, request: Request) -> Response:
         """GET /health_generate: the scheduler answers."""
         if obstacle := self._services.lifecycle.obstacle():
-            return Response(obstacle, 503)
+            return text_reply(obstacle, 503)
         return await self._probe()
 
     async def ready(self, request: Request) -> Response:
         """GET /ready and /ping: requests are taken."""
         obstacle = self._services.lifecycle.obstacle()
-        return Response(obstacle, 503) if obstacle else Response(status_code=200)
+        return text_reply(obstacle, 503) if obstacle else Response(status_code=200)
 
     async def _probe(self) -> Response:
         if await self._services.requests.probe(self._timeout_s):
             return Response(status_code=200)
         log.warning("the scheduler has not answered a health probe within %g s", self._timeout_s)
-        return Response(f"the scheduler has not answered within {self._timeout_s:g} s", 503)
+        return text_reply(f"the scheduler has not answered within {self._timeout_s:g} s", 503)
 
 
 def route_table(services: Services) -> list[RouteSpec]:

@@ -233,6 +233,7 @@ def _uvicorn_config(http: HttpConfig, services: Services) -> uvicorn.Config:
         ws="none",
         lifespan="off",
         log_config=None,
+        log_level="warning",
         access_log=False,
         server_header=False,
         proxy_headers=False,

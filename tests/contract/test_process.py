@@ -252,6 +252,35 @@ def test_failing_server_tells_its_clients_and_leaves(tokenizer: Tokenizer) -> No
         assert tokenizer.wait() == 1
 
 
+def test_a_second_sigterm_ends_the_drain(tokenizer: Tokenizer) -> None:
+    """The launcher sends it when a rank dies while the server drains: what the drain waits for will never come."""
+    tokenizer.start()
+    with tokenizer.ready() as client, raw_request(client, "/generate", b'{"text": "abc"}') as connection:
+        tokenizer.until(wire.NewRequest, lambda rank, message: None)
+        assert tokenizer.process is not None
+        tokenizer.process.send_signal(signal.SIGTERM)
+        while client.get("/ready").status_code == 200:
+            continue
+        tokenizer.process.send_signal(signal.SIGTERM)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 503")
+        assert tokenizer.wait() == 1
+
+
+def test_a_request_that_outlasts_the_drain_is_cut_off_and_told(tokenizer: Tokenizer) -> None:
+    tokenizer.config = structs.replace(
+        tokenizer.config, http=structs.replace(tokenizer.config.http, drain_timeout_s=0.05)
+    )
+    tokenizer.start()
+    with tokenizer.ready() as client, raw_request(client, "/generate", b'{"text": "abc"}') as connection:
+        tokenizer.until(wire.NewRequest, lambda rank, message: None)
+        assert tokenizer.process is not None
+        tokenizer.process.send_signal(signal.SIGTERM)
+        tokenizer.until(wire.Shutdown)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 503") and b"send it again" in answer
+        assert tokenizer.wait() == 0
+
+
 def test_keys_never_reach_the_log(tokenizer: Tokenizer) -> None:
     tokenizer.start()
     with tokenizer.ready() as client:

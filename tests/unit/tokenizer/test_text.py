@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from sglang_hicache.errors import UserError
 from sglang_hicache.text import IncrementalDecoder, StopMatch, StopMatcher, shared_tokenizer
@@ -79,6 +81,45 @@ def test_any_ids_one_by_one(model: str, codec, ids: list[int]) -> None:
     decoder = IncrementalDecoder(model)
     pieces = [decoder.push([token_id]) for token_id in ids]
     assert "".join(pieces) + decoder.finish() == codec.decode(ids)
+
+
+@pytest.fixture(scope="module")
+def word_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tokenizer as SentencePiece models have it: words begin with a space, which the first word of a text loses."""
+    words = ["<unk>", "<|end|>", "\u2581the", "\u2581", "\u2581cat", "s", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    folder = tmp_path_factory.mktemp("words")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return str(folder)
+
+
+#: End of text, "the", " ", " cat", "s" and "é" in bytes.  Stray bytes are left out: this decoder turns a whole run of
+#: byte tokens into rubbish for one of them, so that no incremental decoding could agree with it.
+WORDS = [[1], [2], [3], [4], [5], [6 + 0xC3, 6 + 0xA9]]
+
+
+@given(pieces=st.lists(st.lists(st.sampled_from(WORDS), max_size=4), max_size=20), split=st.booleans())
+def test_spaces_survive_special_tokens_and_empty_pieces(word_model: str, pieces: list[Any], split: bool) -> None:
+    decoder = IncrementalDecoder(word_model)
+    whole: list[int] = []
+    given_out = ""
+    for piece in pieces:
+        token_ids = [token_id for word in piece for token_id in word]
+        whole += token_ids
+        given_out += "".join(decoder.push([token_id]) for token_id in token_ids) if split else decoder.push(token_ids)
+    assert given_out + decoder.finish() == shared_tokenizer(word_model).decode(whole)
+
+
+def test_endless_special_tokens_stay_cheap(model: str) -> None:
+    """`ignore_eos` on a model that has nothing more to say."""
+    decoder = IncrementalDecoder(model)
+    assert [decoder.push([END]) for _ in range(1000)] == [""] * 1000
+    assert decoder._given - decoder._context < 100
 
 
 def test_a_folder_without_tokenizer_is_the_operator_s_mistake(tmp_path: Path) -> None:
