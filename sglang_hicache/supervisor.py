@@ -7,7 +7,8 @@ message on any socket of the server, and never leaves a server half alive:
     STARTING   ranks load; the tokenizer answers probes with 503, waits for the ranks and attaches the storage
     SERVING    any exit, a `failed` line or a rank without ticks leads to FAILING
     STOPPING   SIGTERM: the tokenizer drains, detaches, tells the ranks to leave; all exit 0
-    FAILING    the tokenizer gets a moment to answer its clients, then everything is killed; exit code 1
+    FAILING    probes get 503, ranks write their stacks if the watchdog barked; the tokenizer gets a moment to answer
+               its clients; then everything is killed; exit code 1
 """
 
 from __future__ import annotations
@@ -40,8 +41,11 @@ POLL_S = 1.0
 #: A failing tokenizer gets this long to end its clients' streams with an error.
 FAILING_GRACE_S = 2.0
 
-#: The time in which ranks can write their stacks before they are killed.
+#: The time in which ranks can write their stacks, and probes see the 503, before the end begins.
 STACKS_GRACE_S = 1.0
+
+#: A process that lives this long after SIGKILL will not end soon.
+UNKILLABLE_S = 5.0
 
 #: What a stop may take beyond the drains that the configuration bounds: backups to flush, processes to leave.
 STOP_MARGIN_S = 10.0
@@ -115,6 +119,8 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         #: When patience with the current phase ends (STARTING: only with silence).
         self._deadline_s = time.monotonic() + SLOW_START_S
+        #: FAILING: what is still to be done, each when the deadline has passed.
+        self._last_steps: list[Callable[[], None]] = []
 
     def run_blocking(self) -> int:
         """Serve until told to stop or something breaks; the exit code of the server."""
@@ -166,10 +172,9 @@ class Supervisor:
         with contextlib.suppress(BrokenPipeError), process.stdin as stdin:  # if it has died, its pidfd tells
             stdin.write(msgspec.msgpack.encode(orders))
 
-    def _ready(self, child: ChildProcess) -> None:
-        child.state = ChildState.READY
+    def _look_if_ready(self, child: ChildProcess) -> None:
         log.info("%s is ready", child.name)
-        if not self._unready():
+        if self._phase is Phase.STARTING and not self._unready():
             self._phase = Phase.SERVING
             self._heartbeat.state = ServerState.READY
             log.info("ready: %s", self._url(self._children["tokenizer"].said))
@@ -203,9 +208,10 @@ class Supervisor:
 
     def _heard_line(self, child: ChildProcess, line: str) -> None:
         word, _, text = line.partition(" ")
-        if word == "ready" and self._phase is Phase.STARTING:
+        if word == "ready":
             child.said = text
-            self._ready(child)
+            child.state = ChildState.READY
+            self._look_if_ready(child)
         elif word == "failed":
             child.said = text
             doing = "could not start" if child.state is ChildState.STARTING else "failed"
@@ -231,6 +237,8 @@ class Supervisor:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         if self._phase is Phase.FAILING or (self._phase is Phase.STOPPING and code == 0):
             log.info("%s (pid %d) %s", child.name, child.process.pid, how)
+            if self._last_steps[:1] == [self._kill] and child.name == "tokenizer":
+                self._deadline_s = 0.0  # its clients know; nothing is left to wait for
         else:
             self._fail(f"{child.name} (pid {child.process.pid}) {how}")
 
@@ -241,44 +249,60 @@ class Supervisor:
                 self._stop(name)
             else:
                 log.warning("%s again: killing what is left", name)
-                self._exit_code = _EXIT_FAILED
-                self._kill()
+                self._kill_all()
 
     # ------------------------------------------------------------------------------------------------ stop
 
     def _stop(self, why: str) -> None:
         """In order: the tokenizer drains and detaches, then it sends the ranks home."""
-        was_serving = self._phase is Phase.SERVING
-        self._phase = Phase.STOPPING
         self._heartbeat.state = ServerState.DRAINING
-        if not was_serving:
+        if self._phase is Phase.STARTING:
             log.info("%s before the server was ready: stopping", why)
-            self._exit_code = _EXIT_FAILED
-            self._kill()
+            self._kill_all()
             return
+        self._phase = Phase.STOPPING
         bound_s = self._config.http.drain_timeout_s + 2 * self._config.storage.drain_timeout_s + STOP_MARGIN_S
         log.info("%s: stopping; requests in flight may finish, %.0f s at most", why, bound_s)
         self._deadline_s = time.monotonic() + bound_s
         self._children["tokenizer"].signal(signal.SIGTERM)
 
     def _fail(self, reason: str, grace_s: float = 0.0) -> None:
-        """Tell why, give the tokenizer a moment to end its streams, then kill, but not before `grace_s`."""
+        """Tell why; after `grace_s` the end begins."""
         if self._phase is Phase.FAILING:
             log.error("then %s", reason)
             return
         log.error("%s; stopping the server", reason)
+        self._heartbeat.state = ServerState.FAILING
+        self._end_with([self._end_streams, self._kill, self._abandon], grace_s)
+
+    def _kill_all(self) -> None:
+        """Without any grace."""
+        self._end_with([self._kill, self._abandon], 0.0)
+
+    def _end_with(self, steps: list[Callable[[], None]], after_s: float) -> None:
         self._phase = Phase.FAILING
         self._exit_code = _EXIT_FAILED
-        self._heartbeat.state = ServerState.FAILING
+        self._last_steps = steps
+        self._deadline_s = time.monotonic() + after_s
+
+    def _end_streams(self) -> None:
+        """The tokenizer, which sees that the server is failing, tells its clients and leaves."""
         tokenizer = self._children["tokenizer"]
         if tokenizer.state is ChildState.READY:
             tokenizer.signal(signal.SIGTERM)
-            grace_s = FAILING_GRACE_S
-        self._deadline_s = time.monotonic() + grace_s
+            self._deadline_s = time.monotonic() + FAILING_GRACE_S
 
     def _kill(self) -> None:
         for child in self._children.values():
             child.signal(signal.SIGKILL)
+        self._deadline_s = time.monotonic() + UNKILLABLE_S
+
+    def _abandon(self) -> None:
+        """Not even SIGKILL ends a process in uninterruptible I/O; the server must end all the same."""
+        for child in self._children.values():
+            if child.state is not ChildState.GONE:
+                log.error("%s (pid %d) does not end after SIGKILL: left behind", child.name, child.process.pid)
+                child.state = ChildState.GONE
 
     def _nap_s(self) -> float:
         """Until the watchdog looks again, or patience ends (which it does not while the server serves)."""
@@ -298,11 +322,9 @@ class Supervisor:
             self._deadline_s = now_s + SLOW_START_S
         elif self._phase is Phase.STOPPING:
             alive = [child.name for child in self._children.values() if child.state is not ChildState.GONE]
-            log.error("%s did not stop in time: killed", ", ".join(alive))
-            self._exit_code = _EXIT_FAILED
-            self._kill()
-        elif self._phase is Phase.FAILING:
-            self._kill()
+            self._fail(f"{', '.join(alive)} did not stop in time")
+        elif self._last_steps:
+            self._last_steps.pop(0)()
 
     def _barked(self, stuck: list[int]) -> None:
         """Work is pending and nothing moves: every rank shows its stacks, since the stuck one may wait for another."""

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 
-from sglang_hicache import child
+from sglang_hicache import child, supervisor
 from sglang_hicache.config import (
     CacheConfig,
     HttpConfig,
@@ -24,7 +24,6 @@ from sglang_hicache.config import (
 )
 from sglang_hicache.errors import UserError
 from sglang_hicache.observe import start_logging
-from sglang_hicache.supervisor import Supervisor
 
 SECRET = "fake-admin-key"
 
@@ -32,9 +31,9 @@ CONFIG = ServerConfig(
     model=ModelConfig(path="/m", tokenizer_path="/m", served_name="m", dtype="float32", context_length=64),
     pool=PoolConfig(device_tokens=64),
     cache=CacheConfig(),
-    storage=StorageConfig(drain_timeout_s=1.0),
+    storage=StorageConfig(drain_timeout_s=0.1),
     scheduler=SchedulerConfig(watchdog_timeout_s=1.0),
-    http=HttpConfig(admin_api_key=SECRET, drain_timeout_s=1.0),
+    http=HttpConfig(admin_api_key=SECRET, drain_timeout_s=0.1),
     tp_size=2,
     run_dir="/nowhere",
 )
@@ -55,6 +54,8 @@ def rank(scenario: str, me: child.Child) -> int:
         raise UserError("model 'x' is not supported; choose another")
     if is_chosen and scenario == "crash-at-start":
         os.kill(os.getpid(), signal.SIGSEGV)
+    if scenario == "slow":
+        wait_for_ever_in_a_function_with_a_name()
     me.ready()
     if scenario == "stuck":
         me.heartbeat.tick(me.rank, pending=is_chosen, now_us=1)
@@ -95,8 +96,10 @@ def launch(scenario: str, folder: str) -> int:
     os.environ["FAKE_FOLDER"] = tempfile.mkdtemp(dir=folder)
     for number in range(CONFIG.tp_size):
         os.mkfifo(way_out(number))
+    supervisor.STOP_MARGIN_S = float(os.environ.get("FAKE_MARGIN_S", "10"))
     start_logging("launcher", CONFIG.log, child.secrets_of(CONFIG))
-    return Supervisor(CONFIG, {}, lambda name: [sys.executable, __file__, name.split()[0], scenario]).run_blocking()
+    one = supervisor.Supervisor(CONFIG, {}, lambda name: [sys.executable, __file__, name.split()[0], scenario])
+    return one.run_blocking()
 
 
 if __name__ == "__main__":

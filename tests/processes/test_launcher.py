@@ -155,6 +155,23 @@ def test_a_second_signal_kills_ranks_that_do_not_leave(launch):
     assert "SIGINT again: killing what is left" in server.text
 
 
+def test_ranks_that_do_not_leave_in_time_are_named_and_killed(launch, monkeypatch):
+    monkeypatch.setenv("FAKE_MARGIN_S", "0.2")
+    server = launch("deaf")
+    server.read_until(r"ready: http")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.finish() == 1
+    assert "rank 0, rank 1 did not stop in time; stopping the server" in server.text
+
+
+def test_a_signal_before_the_server_is_ready_ends_it(launch):
+    server = launch("slow")
+    server.read_until(r"pid rank 1")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.finish() == 1
+    assert "SIGTERM before the server was ready" in server.text
+
+
 def test_children_die_with_the_launcher(launch):
     server = launch("good")
     server.read_until(r"ready: http")

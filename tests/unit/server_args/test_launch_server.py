@@ -1,0 +1,43 @@
+"""What the launcher does before it starts anything: refusals with exit code 2, and the private run folder."""
+
+import os
+import socket
+import stat
+
+import pytest
+
+from sglang_hicache import launch_server
+from sglang_hicache.errors import UserError
+from sglang_hicache.server_args import parse
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [(["--device", "npu"], "npu"), (["--model-path", "/no/such/model"], "/no/such/model"), (["--tp"], "--tp")],
+)
+def test_a_mistake_in_the_flags_is_one_line_and_exit_code_2(capsys, argv, word):
+    assert launch_server.main(argv) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and word in last
+
+
+def test_a_port_that_is_taken_is_refused_before_the_model_loads():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        http = parse(["--port", str(taken.getsockname()[1])])
+        with pytest.raises(UserError, match=r"--port \d+: .*choose another"):
+            launch_server._check_port(http)
+
+
+def test_the_run_folder_is_private_and_goes_with_the_server(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with launch_server.run_folder() as folder:
+        assert os.path.dirname(folder) == str(tmp_path)
+        assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+        (tmp_path / os.path.basename(folder) / "socket").touch()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_run_folder_that_cannot_be_made_says_what_to_set(monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/no/such/folder")
+    with pytest.raises(UserError, match="XDG_RUNTIME_DIR"), launch_server.run_folder():
+        pass
