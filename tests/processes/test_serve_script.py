@@ -1,0 +1,88 @@
+"""scripts/serve: a private key that never shows, an address that works, an ordinary end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.house.source import ROOT
+
+START_TIMEOUT_S = 120.0
+
+
+class Served:
+    """A running scripts/serve and what it printed."""
+
+    def __init__(self, state: Path) -> None:
+        environment = {**os.environ, "XDG_STATE_HOME": str(state), "HOME": str(state)}
+        self.folder = state / "sglang-hicache"
+        self.process = subprocess.Popen(
+            [ROOT / "scripts" / "serve", "--free-port"],
+            cwd="/",
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.output = ""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
+            if line.startswith("Ctrl-C"):
+                break
+        assert "\nReady: " in self.output, self.output
+        self.url = self.output.split("\nReady: ")[1].split()[0]
+
+    def stop(self) -> int:
+        """SIGTERM to the script alone: it has to pass it on."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.communicate(timeout=START_TIMEOUT_S)
+        return self.process.returncode
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    """A server on a free port, with its files in a folder of the test whose name has a space."""
+    running = Served(tmp_path / "my state")
+    yield running
+    if running.process.poll() is None:
+        os.killpg(running.process.pid, signal.SIGKILL)
+        running.process.communicate()
+
+
+@pytest.mark.long
+def test_serve_from_start_to_end(served: Served) -> None:
+    folder = served.folder
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    private = [path for path in folder.iterdir() if path.is_file()]
+    assert {path.name for path in private} >= {"admin.key", "admin.header"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in private} == {0o600}
+
+    key = (folder / "admin.key").read_text(encoding="ascii").strip()
+    processes = subprocess.run(["ps", "axeww"], capture_output=True, text=True, check=True).stdout
+    assert len(key) > 30 and key not in processes and key not in served.output
+
+    status = f"{served.url}/hicache/storage-backend"
+    assert httpx.get(status).status_code == 401
+    answer = httpx.get(status, headers={"Authorization": f"Bearer {key}"}).json()
+    assert answer["hicache_storage_backend"] == "file"
+    assert [rank["state"] for rank in answer["ranks"]] == ["attached", "attached"]
+
+    # The lines it prints are lines that work: the admin header comes from its file.
+    lines = [line.strip() for line in served.output.splitlines() if line.strip().startswith("curl ")]
+    outputs = [
+        subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout for line in lines
+    ]
+    assert json.loads(outputs[0])["text"].strip()
+    assert "flushed" in outputs[1] and "detached" in outputs[3] and "attached" in outputs[4]
+    assert served.stop() == 0
