@@ -218,8 +218,8 @@ class SchedulerCore:
         return wire.StatusAnswer(
             id=query_id, rank=self._rank, state=slot.face().value, epoch=slot.epoch, backend=slot.backend,
             in_flight=in_flight, queued_backups=len(tiers.backup), quarantined_pages=tiers.quarantine.pages,
-            extra_config_json=slot.extra_config_json, last_error=slot.last_error, prefetch_policy=tiers.prefetcher.policy,
-            write_policy=controller.write_policy, counters=counters, load=load,
+            extra_config_json=slot.extra_config_json, last_error=slot.last_error,
+            prefetch_policy=tiers.prefetcher.policy, write_policy=controller.write_policy, counters=counters, load=load,
         )
 
     def check(self) -> None:

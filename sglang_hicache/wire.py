@@ -50,7 +50,7 @@ class FinishReason(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     matched: int | str | None = None
     #: For an abort: what the client is told.
     message: str = ""
-    #: For an abort: HTTP status that the client gets, e.g. 503 for a full queue.  0: an ordinary answer that says "abort".
+    #: For an abort: HTTP status that the client gets, e.g. 503 for a full queue.  0: an ordinary answer.
     status_code: int = 0
 
 

@@ -164,7 +164,8 @@ class Tiers:
     def has_unsent(self) -> bool:
         """Results of the last forward started copies or backups: only another tick hands them out."""
         controller = self.controller
-        return bool(controller.copies_out or controller.copies_in or self.storage.has_unsent() or self.backup.can_start())
+        copies = controller.copies_out or controller.copies_in
+        return bool(copies or self.storage.has_unsent() or self.backup.can_start())
 
     def blockers(self) -> dict[str, int]:
         """Obligations of the cache that are not settled, by name; empty when idle."""
