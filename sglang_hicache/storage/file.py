@@ -52,8 +52,9 @@ TOUCH_INTERVAL_S = 60.0
 #: and while one thread hashes what has come, another reads.
 READERS = 2
 
-#: A batch is shared only if every reader gets this much; handing over costs about as much as reading a small page.
-LEAST_SHARE_BYTES = 256 * 1024
+#: Smaller pages are read by the lane alone: two threads would spend more time handing the interpreter to each other
+#: than the kernel spends on a page.
+LEAST_SHARED_PAGE_BYTES = 256 * 1024
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -96,9 +97,9 @@ class FileBackend(StorageBackend):
         return len(names)
 
     def read_blocking(self, pages: Sequence[IncomingPage]) -> list[PageOutcome]:
-        share = -(-len(pages) // READERS)
-        if len(pages) < READERS or share * len(pages[0].payload) < LEAST_SHARE_BYTES:
+        if len(pages) < READERS or len(pages[0].payload) < LEAST_SHARED_PAGE_BYTES:
             return self._read_in_order(pages)
+        share = -(-len(pages) // READERS)
         shares = [pages[start : start + share] for start in range(0, len(pages), share)]
         helping = [self._helpers.submit(self._read_in_order, part) for part in shares[1:]]
         outcomes = self._read_in_order(shares[0])

@@ -290,8 +290,8 @@ class TestSharedReads:
     """A batch is read by several threads; what comes out must not show it."""
 
     @pytest.fixture(autouse=True)
-    def share_small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(file, "LEAST_SHARE_BYTES", 2 * pages.PAGE_BYTES)
+    def share_small_pages(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(file, "LEAST_SHARED_PAGE_BYTES", pages.PAGE_BYTES)
 
     @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 64])
     def test_order_is_kept(self, open_backend: Open, root: Path, count: int) -> None:
