@@ -258,11 +258,11 @@ def test_keys_stay_right_over_many_splits(tree):
 
 def test_a_deep_chain_of_nodes_needs_no_recursion(tree):
     tokens: list[int] = []
-    for depth in range(3000):
+    for depth in range(1500):
         tokens += [depth] * PAGE_SIZE
         node = tree.insert(b"", encode_tokens(tokens), list(range(depth + 1)), tick=depth + 1).node
     assert tree.keys_of(node) == page_keys(tokens, PAGE_SIZE)[-1:]
-    assert sum(1 for _ in tree.nodes()) == 3000
+    assert sum(1 for _ in tree.nodes()) == 1500
 
 
 def test_reset_returns_everything_once_nothing_is_locked(tree):

@@ -321,7 +321,7 @@ class TreeWalk(RuleBasedStateMachine):
 
 
 TestTreeWalk = TreeWalk.TestCase
-TestTreeWalk.settings = settings(max_examples=250, stateful_step_count=50, deadline=None)
+TestTreeWalk.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 
 
 class LongTreeWalk(TreeWalk):
