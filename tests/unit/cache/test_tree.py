@@ -76,6 +76,22 @@ def test_only_pages_that_lost_their_place_come_back(tree):
     assert tree.match(b"", key(1, 2, 3, 4)).device_pages == [11, 12, 13, 24]
 
 
+def test_duplicates_of_all_nodes_on_the_way_come_back(tree):
+    tree.insert(b"", key(1, 2), [11, 12], tick=1)
+    tree.insert(b"", key(1, 2, 3), [11, 12, 13], tick=2)
+    assert tree.insert(b"", key(1, 2, 3), [21, 22, 23], tick=3).duplicates == [21, 22, 23]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 8, 33])
+def test_the_point_where_two_keys_part_is_found(length):
+    for parts_at in range(1, length + 1):
+        for asked in range(1, length + 1):
+            tree = PrefixTree(PAGE_SIZE, StateDigest(), EvictionPolicy.named("lru"))
+            tree.insert(b"", key(*range(length)), list(range(length)), tick=1)
+            other = key(*(page if page < parts_at else 99 for page in range(asked)))
+            assert tree.match(b"", other).device_pages == list(range(min(parts_at, asked)))
+
+
 def test_a_page_list_of_another_length_is_refused(tree):
     with pytest.raises(IntegrityError, match="2 pages"):
         tree.insert(b"", key(1), [1, 2], tick=1)
