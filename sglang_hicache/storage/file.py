@@ -5,8 +5,7 @@
 
 Who owns what: a file below a namespace is immutable once it has its name; it appears by `rename` and goes by `unlink`,
 so that a reader meets a whole page or none, whatever happened to a writer.  Several processes and servers may share
-the folder.  A temporary folder belongs to the process that holds the `flock` on its `lock` file; the kernel drops that
-lock with the process, and whoever opens the store next sweeps what the dead left behind.
+the folder; `file_folder.py` has what they must agree on.
 
 Called by the two lanes of a storage process (see `backend.py`).  Never follows a symbolic link to a page, never creates
 anything that another user could read.
@@ -15,14 +14,8 @@ anything that another user could read.
 from __future__ import annotations
 
 import errno
-import fcntl
-import itertools
 import os
-import pwd
 import re
-import secrets
-import shutil
-import stat
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +23,7 @@ from pathlib import Path
 
 from sglang_hicache.errors import StorageError
 from sglang_hicache.storage.backend import OpenContext, PageOutcome, PageResult, StorageBackend
+from sglang_hicache.storage.file_folder import TemporaryFolder, make_private, refuse_unsafe, storage_folder, sweep
 from sglang_hicache.storage.page_format import (
     CHUNK_BYTES,
     HEADER_BYTES,
@@ -40,9 +34,6 @@ from sglang_hicache.storage.page_format import (
     PageName,
 )
 from sglang_hicache.storage.settings import FileSettings
-
-#: A default only: a folder named in the extra config wins over it.
-STORAGE_DIR_ENV = "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"
 
 #: Files touched less than this ago are left alone: a touch costs as much as reading a small page.  Orders of use that
 #: are finer than this are told by the depth in the header (deeper goes first), so a coarse touch stays prefix-closed.
@@ -57,7 +48,6 @@ READERS = 2
 LEAST_SHARED_PAGE_BYTES = 256 * 1024
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _FAN_OUT = re.compile(r"[0-9a-f]{2}")
 _PAGE_FILE = re.compile(r"[0-9a-f]{64}\.[0-9]+-[0-9]+\.page")
 
@@ -70,7 +60,7 @@ class FileBackend(StorageBackend):
         self._prefix = f"{self._root}/"
         self._fsync = settings.fsync
         self._rank = context.rank
-        self._temporary: _TemporaryFolder | None = None
+        self._temporary: TemporaryFolder | None = None
         self._helpers = ThreadPoolExecutor(READERS - 1, "file reader")
 
     def __repr__(self) -> str:
@@ -78,11 +68,11 @@ class FileBackend(StorageBackend):
 
     def open_blocking(self) -> None:
         try:
-            _make_private(self._root)
-            _refuse_unsafe(self._root)
-            _make_private(self._root / "tmp")
-            _sweep(self._root / "tmp")
-            self._temporary = _TemporaryFolder.create(self._root / "tmp", self._rank)
+            make_private(self._root)
+            refuse_unsafe(self._root)
+            make_private(self._root / "tmp")
+            sweep(self._root / "tmp")
+            self._temporary = TemporaryFolder.create(self._root / "tmp", self._rank)
         except OSError as error:
             raise _fault(f"cannot use {self._root} as storage folder", error) from error
 
@@ -210,7 +200,7 @@ class FileBackend(StorageBackend):
         try:
             os.rename(temporary, path)
         except FileNotFoundError:
-            _make_private(Path(path).parent)
+            make_private(Path(path).parent)
             os.rename(temporary, path)
         if self._fsync == "full":
             _sync_folder(Path(path).parent)
@@ -225,98 +215,6 @@ class FileBackend(StorageBackend):
                 for entry in os.scandir(fan_out):
                     if _PAGE_FILE.fullmatch(entry.name) and _is_page(entry):
                         yield entry.path
-
-
-class _TemporaryFolder:
-    """The folder in which one process writes pages that have no name yet.  It lives as long as its lock is held."""
-
-    def __init__(self, path: Path, lock: int) -> None:
-        self.path = path
-        self._lock = lock
-        self._numbers = itertools.count()
-
-    @classmethod
-    def create(cls, parent: Path, rank: int) -> _TemporaryFolder:
-        while True:
-            path = parent / f"{rank}-{secrets.token_hex(8)}"
-            path.mkdir(mode=0o700)
-            try:
-                lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            except FileNotFoundError:
-                continue
-            # A sweeper may have taken the lock of the new folder for a dead one's before we had it; then the lock file
-            # is unlinked by the time we get it, and the folder is gone: start again.
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if os.fstat(lock).st_nlink:
-                return cls(path, lock)
-            os.close(lock)
-
-    def next_path(self) -> str:
-        """A path that was never used."""
-        return f"{self.path}/{next(self._numbers)}"
-
-    def close(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
-
-
-def storage_folder(explicit: str) -> Path:
-    """Which folder: the one in the extra config, else the environment's, else a private one of this user."""
-    chosen = explicit or os.environ.get(STORAGE_DIR_ENV, "")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    home = os.environ.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG rules say that a relative path there is to be ignored.
-    base = Path(cache) if os.path.isabs(cache) else Path(home) / ".cache"
-    return base / "sglang_hicache" / "storage"
-
-
-def _make_private(folder: Path) -> None:
-    """Make the folder and what is missing above it, for this user alone whatever the umask says."""
-    missing = [folder, *folder.parents]
-    for path in reversed(missing[: next(i for i, path in enumerate(missing) if path.exists())]):
-        try:
-            path.mkdir(mode=0o700)
-        except FileExistsError:
-            # Another rank was faster.
-            continue
-
-
-def _refuse_unsafe(root: Path) -> None:
-    """A page is only as trustworthy as the folder: whoever may write there may plant KV in somebody's answer."""
-    found = root.stat()
-    if not stat.S_ISDIR(found.st_mode):
-        raise StorageError(f"storage folder {root} is not a folder; name another one", "refused")
-    if found.st_uid != os.geteuid():
-        raise StorageError(
-            f"storage folder {root} belongs to user {found.st_uid}, this server runs as {os.geteuid()}; "
-            "name a folder of your own",
-            "refused",
-        )
-    if found.st_mode & _OTHERS_WRITE:
-        raise StorageError(
-            f"storage folder {root} can be written by others (mode {stat.S_IMODE(found.st_mode):o}); "
-            f"run: chmod go-w {root}",
-            "refused",
-        )
-
-
-def _sweep(parent: Path) -> None:
-    """Remove the temporary folders whose process is dead: nobody holds their lock."""
-    for folder in list(parent.iterdir()):
-        try:
-            lock = os.open(folder / "lock", os.O_RDWR | os.O_NOFOLLOW)
-        except OSError:
-            # Not ours, swept by another rank this moment, or just being made and without a lock yet.
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:
-            continue
-        finally:
-            os.close(lock)
 
 
 def _fill(descriptor: int, page: IncomingPage) -> bool:

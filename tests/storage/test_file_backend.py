@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sglang_hicache.errors import StorageError
-from sglang_hicache.storage import file
+from sglang_hicache.storage import file, file_folder
 from sglang_hicache.storage.checked import BatchResult
 from sglang_hicache.storage.page_format import CHUNK_BYTES, HEADER_BYTES, WRITE_CHUNK_BYTES
 from tests.storage import pages
@@ -37,22 +37,22 @@ def _mode(path: Path) -> int:
 
 class TestFolder:
     def test_explicit_path_wins_over_the_environment(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setenv(file.STORAGE_DIR_ENV, "/environment")
-        assert file.storage_folder("/explicit") == Path("/explicit")
-        assert file.storage_folder("") == Path("/environment")
+        monkeypatch.setenv(file_folder.STORAGE_DIR_ENV, "/environment")
+        assert file_folder.storage_folder("/explicit") == Path("/explicit")
+        assert file_folder.storage_folder("") == Path("/environment")
         monkeypatch.chdir(tmp_path)
-        assert file.storage_folder("relative") == tmp_path / "relative"
+        assert file_folder.storage_folder("relative") == tmp_path / "relative"
 
     def test_default_is_private_to_the_user(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.delenv(file.STORAGE_DIR_ENV, raising=False)
+        monkeypatch.delenv(file_folder.STORAGE_DIR_ENV, raising=False)
         monkeypatch.setenv("HOME", str(tmp_path))
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-        assert file.storage_folder("") == tmp_path / ".cache/sglang_hicache/storage"
-        assert file.storage_folder("~/kv") == tmp_path / "kv"
+        assert file_folder.storage_folder("") == tmp_path / ".cache/sglang_hicache/storage"
+        assert file_folder.storage_folder("~/kv") == tmp_path / "kv"
         monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-        assert file.storage_folder("") == Path("/xdg/sglang_hicache/storage")
+        assert file_folder.storage_folder("") == Path("/xdg/sglang_hicache/storage")
         monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
-        assert file.storage_folder("") == tmp_path / ".cache/sglang_hicache/storage"
+        assert file_folder.storage_folder("") == tmp_path / ".cache/sglang_hicache/storage"
 
     def test_status_shows_the_path_in_use(self, open_backend: Open, root: Path) -> None:
         backend = open_backend("file", {"file_storage_path": str(root), "fsync": "data"})
