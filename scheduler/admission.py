@@ -16,6 +16,7 @@ from sglang_hicache.scheduler.pages import RequestPages
 from sglang_hicache.scheduler.request import Request, RequestState
 from sglang_hicache.scheduler.waiting import WaitingQueue
 from sglang_hicache.storage.attachment import StorageSlot
+from sglang_hicache.storage.registry import spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ class Admission:
             span = self._prefetcher.span_tokens(request.rid)
             self._prefetcher.forget(request.rid)
             if request.cached is None:
-                backend = self._slot.backend if self._slot.gate() is not None else ""
+                backend = "" if self._slot.gate() is None else spec(self._slot.backend).class_name
                 request.cached = self._pages.cached_tokens(request, match, span, backend)
             request.move(RequestState.EXTENDING)
             self.running.append(request)

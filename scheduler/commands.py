@@ -205,6 +205,10 @@ class Commands:
             else:
                 self._answer(command_id, False, f"Flush cache failed: scheduler is not idle. {blockers}")
 
+    def unanswered(self) -> set[str]:
+        """Ids of the commands that wait here, for idleness or for the storage processes."""
+        return {*self._waiting, *self._clearing}
+
     def next_deadline_us(self) -> int | None:
         return min((deadline for _, deadline in self._waiting.values()), default=None)
 

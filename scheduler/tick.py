@@ -241,7 +241,7 @@ class Leader:
         slot = core.tiers.slot
         busy = {a.epoch for a in slot.places() if a.state in (State.DRAINING, State.DETACHING)}
         self._drains = {epoch: at for epoch, at in self._drains.items() if epoch in busy}
-        alive = {a.command_id for a in slot.places()} | set(slot.waiters) | set(core.commands.clearing())
+        alive = {a.command_id for a in slot.places()} | set(slot.waiters) | core.commands.unanswered()
         pending = {command.id for command in self._commands}
         self._deadlines = {i: at for i, at in self._deadlines.items() if i in alive or i in pending}
         known = [core.next_deadline_us(), *self._drains.values(), *self._deadlines.values()]

@@ -12,8 +12,8 @@ from sglang_hicache.cache.op import Op, OpKind, OpTable
 from sglang_hicache.storage.attachment import StorageSlot
 from sglang_hicache.storage.attachment_events import Admitted, Instruction, OpClosed
 
-#: The storage process bounds its queues too; this bound is the one that all ranks agree on.
-MAX_IN_FLIGHT = 64
+#: Ops of one kind.  The storage process bounds its queues too; this bound is the one that all ranks agree on.
+MAX_IN_FLIGHT = 256
 
 
 class StorageOps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def test_attach_generate_flush_hit_detach_attach_another_folder(server: Server, 
     server.flush()
     second = server.generate(PROMPT)
     assert second["output_ids"] == first["output_ids"]
-    assert cached(second)["storage"] > 60 and cached(second)["storage_backend"] == "file"
+    assert cached(second)["storage"] > 60 and cached(second)["storage_backend"] == "FileBackend"
     status = server.status()
     assert status["hicache_storage_backend"] == "file"
     assert [rank["backend_info"]["path"] for rank in status["ranks"]] == [str(tmp_path / "one")] * 2
@@ -155,6 +156,18 @@ def test_fm31_a_server_with_another_namespace_finds_nothing(server: Server, tmp_
              "--hicache-storage-backend-extra-config", '{"prefetch_threshold": 16}')
     with Server(tmp_path / "other", *flags) as other:
         assert not cached(other.generate(PROMPT)).get("storage")
+
+
+def test_a_rank_that_hangs_is_unknown_in_the_status_within_two_seconds(server: Server) -> None:
+    (rank,) = server.pids("scheduler rank 1")
+    os.kill(rank, signal.SIGSTOP)
+    try:
+        before_s = time.monotonic()
+        assert states(server) == ["detached", "unknown"]
+        assert time.monotonic() - before_s < 3.0
+    finally:
+        os.kill(rank, signal.SIGCONT)
+    server.wait_until(lambda ranks: all(r["state"] == "detached" for r in ranks), "it answers again")
 
 
 def test_idle_costs_no_cpu_to_speak_of(server: Server, tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_fm42_a_fresh_server_with_a_warm_store_hits_with_its_first_request() -> 
     rid = world.submit(PROMPT)
     world.settle()
     world.check()
-    assert cached(world, rid) == wire.CachedTokens(storage=6 * PAGE, storage_backend="memory")
+    assert cached(world, rid) == wire.CachedTokens(storage=6 * PAGE, storage_backend="MemoryBackend")
 
 
 def test_fm44_a_hit_below_the_threshold_runs_in_the_next_tick() -> None:

@@ -135,7 +135,7 @@ class PlayedStorage:
         elif self.state == "open" and self.bad() and self.bad():
             self.tell("lost", "segfault")
             self.end()
-        elif self.state in ("open", "stopping"):
+        elif self.state in ("open", "stopping"):  # "held": alive, and does nothing
             if self.queue:
                 self.work(self.queue[0])
             elif self.state == "stopping":
@@ -236,7 +236,7 @@ class SimRank:
 
     def send(self, epoch: int, message: wire.ToStorage) -> None:
         process = self.storage[epoch]
-        if process.state in ("open", "stopping"):
+        if process.state in ("open", "stopping", "held"):
             process.queue.append(message)
         elif isinstance(message, wire.ClearPages):
             self.clear_facts.append(wire.ClearFact(message.command_id, "storage process is gone"))
