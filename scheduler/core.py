@@ -21,6 +21,7 @@ from sglang_hicache import wire
 from sglang_hicache.cache.check import check_pools, check_tree, check_unlocked
 from sglang_hicache.cache.controller import Copy
 from sglang_hicache.cache.digest import StateDigest
+from sglang_hicache.cache.op import COPIES
 from sglang_hicache.cache.page import namespace_seed
 from sglang_hicache.cache.tiers import Tiers
 from sglang_hicache.config import ServerConfig
@@ -211,7 +212,7 @@ class SchedulerCore:
         counters = {f"prefetch_{k}_tokens": n for k, n in tiers.prefetcher.counters.items()}
         counters |= {f"backup_{k}_tokens": n for k, n in tiers.backup.counters.items()}
         counters |= {f"cache_{k}_tokens": n for k, n in controller.counters.items()}
-        load = self._load()
+        load = self._load() | {"copy-ops": sum(tiers.ops.count(kind) for kind in COPIES)}
         for pool in (controller.device, controller.host):
             if pool is not None:
                 load |= {f"{pool.name}_pages_free": pool.free_count, f"{pool.name}_pages": pool.total}

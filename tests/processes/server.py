@@ -128,7 +128,8 @@ class Server:
     def quiesce(self) -> dict[str, Any]:
         """Until nothing is on its way to storage."""
         return self.wait_until(
-            lambda ranks: all(not r["queued_backups"] and not r["in_flight"] for r in ranks), "backups written"
+            lambda ranks: not any(r["queued_backups"] or r["in_flight"] or r["load"]["copy-ops"] for r in ranks),
+            "backups written",
         )
 
     def flush(self) -> None:
