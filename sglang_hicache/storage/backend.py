@@ -77,7 +77,8 @@ class StorageBackend(ABC):
     @abstractmethod
     def read_blocking(self, pages: Sequence[IncomingPage]) -> list[PageOutcome]:
         """Fill header and payload of every page; one outcome per page, in order.  May stop at the first that is no
-        HIT, and returns a list that ends there: nobody uses a page behind a gap."""
+        HIT, and returns a list that ends there: nobody uses a page behind a gap.  Going on behind a WRONG_SIZE is
+        better, where it is cheap: the caller then removes every damaged page of the batch at once."""
 
     @abstractmethod
     def write_blocking(self, pages: Sequence[OutgoingPage]) -> list[PageOutcome]:

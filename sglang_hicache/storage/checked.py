@@ -59,14 +59,20 @@ class CheckedStore:
     ) -> BatchResult:
         """Read pages in order; `previous` is the key before the first one, b"" if the caller does not know it."""
         pages = [IncomingPage(self._layout, key, payload) for key, payload in zip(keys, payloads, strict=True)]
-        arrived, stopped = self._repeat("read", self._backend.read_blocking, pages, (PageResult.HIT,))
-        for index in range(arrived):
-            verdict = _judge_in_line(pages[index], keys[index - 1] if index else previous)
-            if verdict is not Verdict.GOOD:
-                return self._corrupt(pages[index], index, verdict.value)
-        if stopped is PageResult.WRONG_SIZE:
-            return self._corrupt(pages[arrived], arrived, stopped.value)
-        return BatchResult(arrived, reason=_reason(stopped))
+        going_on = (PageResult.HIT, PageResult.WRONG_SIZE)
+        outcomes, stopped = self._repeat("read", self._backend.read_blocking, pages, going_on)
+        whole, corrupt, reason = len(outcomes), 0, _reason(stopped)
+        # Pages behind the first wrong one do not count, but are judged all the same: a store that has many of them
+        # would otherwise lose one per request, and every request in between would read and refuse.
+        for index, outcome in enumerate(outcomes):
+            wrong = _wrong(pages[index], outcome, keys[index - 1] if index else previous)
+            if not wrong:
+                continue
+            if not corrupt:
+                whole, reason = index, f"corrupt: {wrong}"
+            corrupt += 1
+            self._remove(pages[index], wrong)
+        return BatchResult(whole, corrupt, reason)
 
     def write_blocking(
         self, keys: Sequence[bytes], payloads: Sequence[memoryview], parent: bytes, depth: int
@@ -79,7 +85,7 @@ class CheckedStore:
         ]
         good = (PageResult.WRITTEN, PageResult.PRESENT)
         written, stopped = self._repeat("write", self._backend.write_blocking, pages, good)
-        return BatchResult(written, reason=_reason(stopped))
+        return BatchResult(len(written), reason=_reason(stopped))
 
     def touch_blocking(self, keys: Sequence[bytes]) -> None:
         """Pages were used.  A failure is told to the log only: the pages were read all the same."""
@@ -117,33 +123,35 @@ class CheckedStore:
         call: Callable[[Sequence[_Page]], list[PageOutcome]],
         pages: list[_Page],
         good: tuple[PageResult, ...],
-    ) -> tuple[int, PageOutcome | None]:
-        """Call until every page is good, or one is not and will not be: how many are, and what stopped the rest."""
-        done = 0
+    ) -> tuple[list[PageOutcome], PageOutcome | None]:
+        """Call until every page is good, or one is not and will not be: outcomes of the good ones, from the first
+        page on, and what stopped the rest."""
+        done: list[PageOutcome] = []
         stopped: PageOutcome | None = None
         for _ in range(ATTEMPTS):
-            outcomes = _call(call_name, call, pages[done:])
+            outcomes = _call(call_name, call, pages[len(done) :])
             gained = next((i for i, outcome in enumerate(outcomes) if outcome not in good), len(outcomes))
-            done += gained
-            if done == len(pages):
+            done += outcomes[:gained]
+            if len(done) == len(pages):
                 return done, None
             if gained == len(outcomes):
+                if outcomes and outcomes[-1] is PageResult.WRONG_SIZE:
+                    return done, None  # a backend may stop there
                 raise StorageError(f"{call_name} answered for {gained} pages and says nothing of the rest", "contract")
             stopped = outcomes[gained]
             if not isinstance(stopped, StorageError) or stopped.reason != "io":
                 break
-            for page in pages[done:]:
+            for page in pages[len(done) :]:
                 page.restart()
         return done, stopped
 
-    def _corrupt(self, page: IncomingPage, whole: int, what: str) -> BatchResult:
+    def _remove(self, page: IncomingPage, wrong: str) -> None:
         """Take a bad page out of the store: left there it would be found, read and refused for ever."""
-        _logger.warning("page %s is corrupt (%s); it is deleted", page.name, what)
+        _logger.warning("page %s is corrupt (%s); it is deleted", page.name, wrong)
         try:
             self._backend.delete_blocking([page.name])
         except StorageError as error:
             _logger.warning("corrupt page %s cannot be deleted: %s", page.name, error)
-        return BatchResult(whole, corrupt=1, reason=f"corrupt: {what}")
 
 
 def _call(name: str, call: Callable[[Sequence[_Page]], list[PageOutcome]], pages: Sequence[_Page]) -> list[PageOutcome]:
@@ -160,12 +168,14 @@ def _call(name: str, call: Callable[[Sequence[_Page]], list[PageOutcome]], pages
     return outcomes
 
 
-def _judge_in_line(page: IncomingPage, previous: bytes) -> Verdict:
-    """Is the page good, and does it follow the page before it?"""
+def _wrong(page: IncomingPage, outcome: PageOutcome, previous: bytes) -> str:
+    """What is wrong with a page that was read: "" if it is good and follows the page before it."""
+    if outcome is PageResult.WRONG_SIZE:
+        return outcome.value
     verdict = page.judge()
     if verdict is Verdict.GOOD and previous and page.parent != previous:
-        return Verdict.OTHER_PAGE
-    return verdict
+        verdict = Verdict.OTHER_PAGE
+    return "" if verdict is Verdict.GOOD else verdict.value
 
 
 def _count(answer: Any, name: str, limit: int | None) -> int:

@@ -47,6 +47,9 @@ READERS = 2
 #: than the kernel spends on a page.
 LEAST_SHARED_PAGE_BYTES = 256 * 1024
 
+#: A read goes on behind these: one call then shows every damaged page of the batch, not only the first.
+_READ_ON = (PageResult.HIT, PageResult.WRONG_SIZE)
+
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _FAN_OUT = re.compile(r"[0-9a-f]{2}")
 _PAGE_FILE = re.compile(r"[0-9a-f]{64}\.[0-9]+-[0-9]+\.page")
@@ -95,7 +98,7 @@ class FileBackend(StorageBackend):
         outcomes = self._read_in_order(shares[0])
         # Waits for every helper, also behind a gap: the memory is not ours to write once this call has returned.
         for part in [helper.result() for helper in helping]:
-            if outcomes[-1] is PageResult.HIT:
+            if outcomes[-1] in _READ_ON:
                 outcomes += part
         return outcomes
 
@@ -148,7 +151,7 @@ class FileBackend(StorageBackend):
         outcomes: list[PageOutcome] = []
         for page in pages:
             outcomes.append(self._read(page))
-            if outcomes[-1] is not PageResult.HIT:
+            if outcomes[-1] not in _READ_ON:
                 break
         return outcomes
 

@@ -64,6 +64,44 @@ def test_fm10_damaged_page_is_counted_and_removes_itself(open_backend: Open, kin
     assert store.read_blocking(pages.keys(3), pages.empty(3)) == BatchResult(3)
 
 
+@pytest.mark.parametrize("kind", ["flip", "short"])
+def test_fm10_all_damaged_pages_of_a_batch_remove_themselves_at_once(open_backend: Open, kind: str) -> None:
+    store = _faulty(open_backend, "read", kind, first=1, count=3)
+    _write(store, 6)
+    targets = pages.empty(6)
+    result = store.read_blocking(pages.keys(6), targets)
+    assert (result.pages, result.corrupt) == (1, 3)
+    assert targets[0] == pages.content(1)
+    assert [store.lookup_blocking([pages.key(number)]) for number in range(1, 7)] == [1, 0, 0, 0, 1, 1]
+    assert _write(store, 3, first=2) == BatchResult(3)
+    assert store.read_blocking(pages.keys(6), pages.empty(6)) == BatchResult(6)
+
+
+def test_fm10_page_behind_a_damaged_one_must_still_follow_it(open_backend: Open) -> None:
+    store = _faulty(open_backend, "read", "flip", first=0, count=1)
+    _write(store, 2)
+    store.write_blocking([pages.key(3)], [pages.content(3)], pages.key(9), 2)
+    result = store.read_blocking(pages.keys(3), pages.empty(3))
+    assert (result.pages, result.corrupt) == (0, 2)
+    assert [store.lookup_blocking([pages.key(number)]) for number in (1, 2, 3)] == [0, 1, 0]
+
+
+def test_fm10_backend_may_stop_at_a_page_of_wrong_size(open_backend: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = open_backend("faulty", {"inner": "memory", "faults": {"read": {"kind": "short", "first": 1, "count": 1}}})
+    store = pages.store(backend)
+    _write(store, 3)
+    read = backend.read_blocking
+    monkeypatch.setattr(backend, "read_blocking", lambda batch: read(batch)[:2])
+    result = store.read_blocking(pages.keys(3), pages.empty(3))
+    assert (result.pages, result.corrupt, result.reason) == (1, 1, "corrupt: wrong size")
+
+
+def test_miss_behind_a_damaged_page_is_no_damage(open_backend: Open) -> None:
+    store = _faulty(open_backend, "read", "flip", first=0, count=1)
+    _write(store, 2)
+    assert store.read_blocking(pages.keys(4), pages.empty(4)) == BatchResult(0, 1, "corrupt: checksum")
+
+
 def test_fm39_damage_on_the_way_in_is_found_on_the_way_out(open_backend: Open) -> None:
     store = _faulty(open_backend, "write", "flip", first=1, count=1)
     assert _write(store, 3) == BatchResult(3)

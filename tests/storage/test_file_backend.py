@@ -301,6 +301,18 @@ class TestSharedReads:
         assert pages.store(backend).read_blocking(pages.keys(count), targets) == BatchResult(count)
         assert targets == [pages.content(number) for number in range(1, count + 1)]
 
+    @pytest.mark.parametrize("torn", [(0, 1), (0, 31, 32), (5, 40, 63), tuple(range(64))])
+    def test_fm10_all_torn_pages_of_a_batch_go_at_once(
+        self, open_backend: Open, root: Path, torn: tuple[int, ...]
+    ) -> None:
+        backend = open_backend("file", {"file_storage_path": str(root)})
+        _write(backend, 64)
+        found = pages.page_files(root)
+        for number in torn:
+            os.truncate(found[number], 100)
+        assert _read(backend, 64) == BatchResult(torn[0], len(torn), "corrupt: wrong size")
+        assert pages.page_files(root) == [path for number, path in enumerate(found) if number not in torn]
+
     @pytest.mark.parametrize("gap", [0, 1, 31, 32, 33, 63])
     def test_pages_behind_a_gap_do_not_count(self, open_backend: Open, root: Path, gap: int) -> None:
         backend = open_backend("file", {"file_storage_path": str(root)})
