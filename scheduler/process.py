@@ -16,6 +16,7 @@ from sglang_hicache import wire
 from sglang_hicache.cache.page import namespace
 from sglang_hicache.cache.pools import HostPool
 from sglang_hicache.child import Child
+from sglang_hicache.collector import settle_collector
 from sglang_hicache.config import ServerConfig
 from sglang_hicache.scheduler.core import SchedulerCore
 from sglang_hicache.scheduler.loop import TickLoop
@@ -46,6 +47,8 @@ def main(child: Child) -> int:
         stack.callback(worker.close)  # before the pool is: what the worker maps is a view of it
         worker.allocate(config.pool.device_tokens // config.pool.page_size + 1, host)
         loop = wire_up(child, worker, host, stack)
+        # The model's modules and the tree live as long as the rank: a collector that walks them stops every request.
+        settle_collector()
         child.ready()
         loop.run_blocking()
     log.info("left")

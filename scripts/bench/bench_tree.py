@@ -1,12 +1,12 @@
 """Speed, memory and hit rate of the prefix tree, beside limits measured in the same run.
 
-    python scripts/bench/bench_tree.py [--quick] [--seed N]
+    python scripts/bench/bench_tree.py [--quick] [--seed N] [--default-collector]
 
 The load: 2,000 sessions of 8 turns with 512 fresh random tokens each; every arrival picks one of 512 open
 sessions, and a finished session is replaced by the next.  A turn matches its whole sequence, allocates what is
 missing (evicting if it must) and inserts.  Prints one table per pool size (unlimited, 8 % of all tokens) and
 page size (64, 1), the growth of the tree from 10 k to 1 M pages, and the bytes it needs per page.  The garbage
-collector runs as it comes.
+collector is set as in a rank (`--default-collector`: as Python comes).
 
 Limits of the same run.  Speed: nothing but dict and bytes, a walk that looks up the first page of each turn and
 compares the rest by memcmp (for match), and the same plus storing a slice of key and pages (for insert), in an
@@ -33,6 +33,7 @@ from sglang_hicache.cache.digest import StateDigest
 from sglang_hicache.cache.evict import EvictionPolicy
 from sglang_hicache.cache.pools import PageAllocator
 from sglang_hicache.cache.tree import PrefixTree
+from sglang_hicache.collector import settle_collector
 
 TURNS = 8
 TURN_TOKENS = 512
@@ -269,7 +270,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the load: for a look, not for a figure")
     parser.add_argument("--seed", type=int, default=1, help="of the random tokens and arrivals")
+    parser.add_argument("--default-collector", action="store_true", help="leave the garbage collector as it is")
     options = parser.parse_args()
+    if not options.default_collector:
+        settle_collector()
     sessions = 200 if options.quick else 2000
     print(f"bench_tree: {sessions} sessions x {TURNS} turns x {TURN_TOKENS} tokens, seed {options.seed}")
     # First, while the process owns no freed memory that could hide growth.
