@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import pty
 import signal
 import stat
 import subprocess
@@ -86,3 +88,38 @@ def test_serve_from_start_to_end(served: Served) -> None:
     assert json.loads(outputs[0])["text"].strip()
     assert "flushed" in outputs[1] and "detached" in outputs[3] and "attached" in outputs[4]
     assert served.stop() == 0
+
+
+@pytest.mark.long
+def test_one_ctrl_c_in_a_terminal_is_one_stop(tmp_path: Path) -> None:
+    """Ctrl-C reaches the whole foreground group: the script and, if it is in there too, the server.
+
+    1. The terminal sends SIGINT to both; the server begins to drain.
+    2. The script passes the signal on; for the server that is the second one: it kills its ranks and exits with 1.
+    """
+    state = tmp_path / "my state"
+    process, terminal = pty.fork()
+    if process == 0:
+        environment = {**os.environ, "XDG_STATE_HOME": str(state), "HOME": str(state)}
+        os.execve(ROOT / "scripts" / "serve", ["serve", "--free-port"], environment)
+    output, pressed = b"", False
+    while chunk := _read(terminal):
+        output += chunk
+        if not pressed and b"\nCtrl-C " in output:
+            os.write(terminal, b"\x03")
+            pressed = True
+    _, status = os.waitpid(process, 0)
+    os.close(terminal)
+    text = output.decode()
+    assert os.waitstatus_to_exitcode(status) == 0, text
+    assert "stopping" in text and "killing" not in text and text.count("exited with code 0") == 3
+
+
+def _read(terminal: int) -> bytes:
+    """What the terminal shows next; nothing once every process has left it."""
+    try:
+        return os.read(terminal, 65536)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return b""
