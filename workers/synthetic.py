@@ -194,6 +194,14 @@ class SyntheticWorker:
                 raise IntegrityError(f"host page {page} was given away while copy {op_id} was reading it")
         self._finished.append(op_id)
 
+    def host_content(self, page: int) -> PageContent:
+        """What a host page holds: for a played storage, which writes it away."""
+        return self._host.read(page)
+
+    def put_host_content(self, page: int, content: PageContent) -> None:
+        """Fill a host page: for a played storage, which has read it."""
+        self._host.write(page, content)
+
     def close(self) -> None:
         self._device.clear()
         self._held.clear()

@@ -274,3 +274,19 @@ def test_it_has_every_method_of_a_worker_with_the_same_parameters() -> None:
             assert inspect.signature(vars(SyntheticWorker)[name]).parameters == inspect.signature(member).parameters
         else:
             assert name in vars(SyntheticWorker) or name in vars(SyntheticWorker())
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_played_storage_moves_what_host_pages_hold(host: HostPool, pooled: bool) -> None:
+    worker = make(host=host if pooled else None)
+    run(worker, PROMPT, 0, [1, 2, 3])
+    worker.copy_out(1, [1, 2], [0, 1])
+    stored = [worker.host_content(page) for page in (0, 1)]
+    other = make(host=None)
+    for page, content in zip((3, 2), stored, strict=True):
+        other.put_host_content(page, content)
+    other.copy_in(1, [5, 6], [3, 2])
+    assert run(other, PROMPT, 8, [5, 6, 7]) == run(worker, PROMPT, 8, [1, 2, 4])
+    other.copy_in(2, [5, 6], [2, 3])
+    with pytest.raises(IntegrityError, match="positions of another sequence"):
+        run(other, PROMPT, 8, [5, 6, 7])
