@@ -19,6 +19,7 @@ import msgspec
 from sglang_hicache import wire
 from sglang_hicache.errors import ProtocolError
 from sglang_hicache.heartbeat import Heartbeat
+from sglang_hicache.observe import learn_secrets
 from sglang_hicache.scheduler.core import Effects, SchedulerCore
 from sglang_hicache.scheduler.mailbox import Mailbox
 from sglang_hicache.scheduler.storage_driver import StorageDriver
@@ -79,6 +80,8 @@ class TickLoop:
             if isinstance(message, wire.QueryStatus):
                 self._send(self._status(message.id))
             else:
+                if isinstance(message, wire.AttachStorage):
+                    learn_secrets(message.extra_config_json)
                 self._mailbox.receive(message, now)
         self._driver.poll(now)
         finished = self._worker.finished_copies()

@@ -24,7 +24,7 @@ import msgspec
 from sglang_hicache.config import ServerConfig
 from sglang_hicache.errors import HiCacheError
 from sglang_hicache.heartbeat import Heartbeat
-from sglang_hicache.observe import secrets_in, start_logging
+from sglang_hicache.observe import report_uncaught, secrets_in, start_logging, without_secrets
 from sglang_hicache.sockets import close_all_blocking
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Child:
 
     def _tell(self, line: str) -> None:
         with contextlib.suppress(BrokenPipeError):  # the launcher is gone: PDEATHSIG is on its way
-            os.write(self._channel_fd, line.replace("\n", " | ").encode() + b"\n")
+            os.write(self._channel_fd, without_secrets(line).replace("\n", " | ").encode() + b"\n")
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -90,6 +90,7 @@ def enter(role: str) -> Child:
     die_with_parent(orders.parent_pid)
     speaker = f"{role} rank {orders.rank}" if role == "scheduler" else role
     start_logging(speaker, orders.config.log, secrets_of(orders.config))
+    report_uncaught()
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)

@@ -11,9 +11,12 @@ import json
 import logging
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping
+from types import TracebackType
 from typing import Any
+from urllib.parse import quote
 
 from sglang_hicache.config import LogConfig
 
@@ -22,58 +25,148 @@ ID_FIELDS = ("rid", "op", "command", "epoch", "plan")
 
 REDACTED = "***"
 
-#: Names of settings whose text is nobody's business ("access_key", "password", "api-token", "apikey", "secretKey" ...).
+#: Names of settings whose value is nobody's business ("access_key", "password", "api-token", "apikey" ...).
 _SECRET_NAME = re.compile(
     r"(^|[_-]|(?<=[a-z\d])(?=[A-Z]))"
-    r"(?i:(api|access|auth|private|secret)?(key|secret|password|passwd|pwd|token|credential)s?)"
+    r"(?i:(api|access|account|admin|auth|client|encryption|master|private|secret|session|shared|signing)*"
+    r"(key|secret|password|passwd|passphrase|passcode|pass|pwd|pw|token|credential|authorization|cookie|signature)s?)"
     r"($|[_-]|(?=[A-Z]))"
 )
 
-#: User and password of a URL.
-_URL_LOGIN = re.compile(r"(?<=://)[^/@\s\"']+(?=@)")
+#: Names under which a number counts tokens ("prefetch_timeout_per_ki_token") and opens nothing.
+_COUNTS_TOKENS = re.compile(r"(?i)tokens$|(?<!api)(?<!access)(?<!auth)(?<!secret)(?<!session)[_-]token$")
+
+#: User and password of a URL, up to the last @ before its path: a password may hold one.
+_URL_LOGIN = re.compile(r"(?<=://)[^/\s\"']+(?=@)")
+
+#: Secrets among the parameters of a URL ("?password=...") and the parts of a connection string (";AccountKey=...").
+_URL_SECRET = re.compile(
+    r"(?i)(?<=[?&;])((?:[\w-]{0,40}[_-])?(?:api|access|account|auth|client|secret|shared)?"
+    r"(?:key|secret|password|passwd|pwd|token|credential|signature|sig)=)[^&;\s\"']+"
+)
 
 #: A text shorter than this is not searched for in the log: replacing every "a" hides more than the secret.
 _SHORTEST_SECRET = 4
 
+#: Learned secrets that are remembered: every attach may bring new ones, and the log must not slow down for ever.
+_MOST_SECRETS = 1000
+
+#: What could end a line of the log, or steer the terminal that shows it.
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
+
 
 def redacted(value: Any, name: str = "") -> Any:
-    """A copy of a JSON-like value in which texts under a secret's name, and logins in URLs, are replaced.
+    """A copy of a JSON-like value in which everything under a secret's name, and logins in URLs, are replaced.
 
-    Numbers and booleans stay whatever they are called: `prefetch_timeout_per_ki_token` is no secret.
+    Booleans stay whatever they are called, and so do numbers of tokens: `prefetch_timeout_per_ki_token` is no secret.
     """
     if isinstance(value, Mapping):
-        return {key: redacted(item, str(key)) for key, item in value.items()}
+        return {key: redacted(item, _inherited(name, str(key))) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [redacted(item, name) for item in value]
-    if not isinstance(value, str) or not value:
-        return value
-    return REDACTED if _SECRET_NAME.search(name) else _URL_LOGIN.sub(REDACTED, value)
+    if _is_secret(value, name):
+        return REDACTED
+    return without_logins(value) if isinstance(value, str) else value
 
 
 def secrets_in(value: Any, name: str = "") -> list[str]:
-    """The texts that `redacted` would replace because of their name."""
+    """What `redacted` would replace because of its name, as it would stand in a text."""
     if isinstance(value, Mapping):
-        return [secret for key, item in value.items() for secret in secrets_in(item, str(key))]
+        return [secret for key, item in value.items() for secret in secrets_in(item, _inherited(name, str(key)))]
     if isinstance(value, (list, tuple)):
         return [secret for item in value for secret in secrets_in(item, name)]
-    return [value] if isinstance(value, str) and value and _SECRET_NAME.search(name) else []
+    return [str(value)] if _is_secret(value, name) else []
+
+
+def without_logins(text: str) -> str:
+    """A text without the secrets that show by their form: in URLs and connection strings."""
+    return _URL_SECRET.sub(rf"\g<1>{REDACTED}", _URL_LOGIN.sub(REDACTED, text))
+
+
+def _inherited(parent: str, name: str) -> str:
+    """Below a secret's name everything is secret: {"credentials": {"user": ..., "pin": ...}}."""
+    return parent if _SECRET_NAME.search(parent) else name
+
+
+def _is_secret(value: Any, name: str) -> bool:
+    if value is None or value == "" or isinstance(value, bool) or not _SECRET_NAME.search(name):
+        return False
+    return isinstance(value, str) or not _COUNTS_TOKENS.search(name)
 
 
 class Redaction:
-    """Takes secrets out of finished log lines, wherever they came from (an exception, a library's message)."""
+    """Takes secrets out of finished texts, wherever they came from (an exception, a library's message)."""
 
-    def __init__(self, secrets: Iterable[str]) -> None:
-        texts = sorted({text for text in secrets if len(text) >= _SHORTEST_SECRET}, key=len, reverse=True)
-        self._known = re.compile("|".join(map(re.escape, texts))) if texts else None
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        self._secrets: dict[str, None] = {}
+        self._known: re.Pattern[str] | None = None
+        self.learn(secrets)
 
-    def __call__(self, line: str) -> str:
+    def learn(self, secrets: Iterable[str]) -> None:
+        """From now on these are taken out as well.  Any thread; the oldest of very many are forgotten."""
+        fresh = [text for text in secrets if len(text) >= _SHORTEST_SECRET and text not in self._secrets]
+        if not fresh:
+            return
+        self._secrets = dict.fromkeys([*self._secrets, *fresh][-_MOST_SECRETS:])
+        forms = {form for text in self._secrets for form in _written_forms(text)}
+        longest_first = sorted(forms, key=len, reverse=True)
+        # A number is replaced where it stands alone, not inside every time stamp.
+        patterns = [rf"(?<!\d){text}(?!\d)" if text.isdecimal() else re.escape(text) for text in longest_first]
+        self._known = re.compile("|".join(patterns))
+
+    def __call__(self, text: str) -> str:
         if self._known is not None:
-            line = self._known.sub(REDACTED, line)
-        return _URL_LOGIN.sub(REDACTED, line)
+            text = self._known.sub(REDACTED, text)
+        return without_logins(text)
+
+
+def _written_forms(text: str) -> set[str]:
+    """How a text may stand in a message: plain, in a repr, in JSON, in a URL."""
+    return {text, repr(text)[1:-1], json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1], quote(text, "")}
+
+
+#: The secrets of this process: those of its configuration, and of every config that was attached later.
+_of_this_process = Redaction()
+
+
+def learn_secrets(extra_config_json: str | None) -> None:
+    """Call it where an extra config enters a process: from then on neither log nor answer shows its secrets."""
+    try:
+        config = json.loads(extra_config_json or "{}")
+    except (ValueError, RecursionError):
+        return  # whoever uses it refuses it
+    _of_this_process.learn(secrets_in(config))
+
+
+def without_secrets(text: str) -> str:
+    """The text as it may leave this process."""
+    return _of_this_process(text)
+
+
+def report_uncaught() -> None:
+    """Errors that end a thread or the process go to the log as well, and so past the redaction.  Process edges only."""
+
+    def of_process(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            sys.__excepthook__(kind, error, trace)
+        else:
+            logging.getLogger(__name__).critical("an error ends this process", exc_info=error)
+
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        name = args.thread.name if args.thread else "?"
+        logging.getLogger(__name__).critical("an error ends the thread %s", name, exc_info=args.exc_value)
+
+    sys.excepthook = of_process
+    threading.excepthook = of_thread
+
+
+def _one_line(text: str) -> str:
+    """Control characters become visible: a request id with a newline must not forge a line."""
+    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 class _Formatter(logging.Formatter):
-    """Common to both forms: who speaks, the ids, and the redaction of the finished line."""
+    """Common to both forms: who speaks, the ids, and the redaction of everything that a caller chose."""
 
     def __init__(self, speaker: str, redact: Redaction) -> None:
         super().__init__()
@@ -81,45 +174,48 @@ class _Formatter(logging.Formatter):
         self._redact = redact
 
     def format(self, record: logging.LogRecord) -> str:
-        ids = {name: vars(record)[name] for name in ID_FIELDS if name in vars(record)}
-        message = record.getMessage()
-        if record.exc_info:
-            message = f"{message}\n{self.formatException(record.exc_info)}"
-        return self._redact(self.line(record, message, ids))
+        ids = {name: self._id(vars(record)[name]) for name in ID_FIELDS if name in vars(record)}
+        trace = self._redact(self.formatException(record.exc_info)) if record.exc_info else ""
+        return self.line(record, self._redact(record.getMessage()), trace, ids)
 
-    def line(self, record: logging.LogRecord, message: str, ids: dict[str, Any]) -> str:
+    def _id(self, value: Any) -> Any:
+        return self._redact(value) if isinstance(value, str) else value
+
+    def line(self, record: logging.LogRecord, message: str, trace: str, ids: dict[str, Any]) -> str:
         raise NotImplementedError
 
 
 class TextFormatter(_Formatter):
-    """`12:34:56.789 INFO [scheduler rank 1] message rid=7`."""
+    """`12:34:56.789 INFO [scheduler rank 1] message rid=7`; the lines of a traceback are indented."""
 
-    def line(self, record: logging.LogRecord, message: str, ids: dict[str, Any]) -> str:
+    def line(self, record: logging.LogRecord, message: str, trace: str, ids: dict[str, Any]) -> str:
         clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
-        tail = "".join(f" {name}={value}" for name, value in ids.items())
-        return f"{clock}.{int(record.msecs):03d} {record.levelname} [{self._speaker}] {message}{tail}"
+        tail = "".join(f" {name}={_one_line(str(value))}" for name, value in ids.items())
+        head = f"{clock}.{int(record.msecs):03d} {record.levelname} [{self._speaker}] {_one_line(message)}{tail}"
+        return "\n  ".join([head, *map(_one_line, trace.splitlines())])
 
 
 class JsonFormatter(_Formatter):
-    """One JSON object per line."""
+    """One JSON object per line, in ASCII."""
 
-    def line(self, record: logging.LogRecord, message: str, ids: dict[str, Any]) -> str:
+    def line(self, record: logging.LogRecord, message: str, trace: str, ids: dict[str, Any]) -> str:
         entry = {
             "time": round(record.created, 3),
             "level": record.levelname.lower(),
             "process": self._speaker,
             "logger": record.name,
-            "message": message,
+            "message": f"{message}\n{trace}" if trace else message,
             **ids,
         }
-        return json.dumps(entry, ensure_ascii=False, default=str)
+        return json.dumps(entry, default=str)
 
 
 def start_logging(speaker: str, config: LogConfig, secrets: Iterable[str] = ()) -> None:
     """Send this process's log to stderr; `speaker` is its role and rank, as `ps` shows them."""
+    _of_this_process.learn(secrets)
     formatter_class = JsonFormatter if config.format == "json" else TextFormatter
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(formatter_class(speaker, Redaction(secrets)))
+    handler.setFormatter(formatter_class(speaker, _of_this_process))
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)

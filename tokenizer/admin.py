@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from sglang_hicache.errors import UserError
 from sglang_hicache.extra_config import extra_config_json
-from sglang_hicache.observe import Redaction, redacted, secrets_in
+from sglang_hicache.observe import learn_secrets, redacted, without_secrets
 from sglang_hicache.storage import registry
 from sglang_hicache.tokenizer.api import AttachBody, decode_body
 from sglang_hicache.tokenizer.manager import Unavailable
@@ -166,8 +166,7 @@ class AdminRoutes:
             ),
             deadline_s,
         )
-        hide = Redaction(secrets_in(json.loads(config or "{}")))
-        return _told(outcome, "HiCache storage backend attached.", "Failed to attach HiCache storage backend.", hide)
+        return _told(outcome, "HiCache storage backend attached.", "Failed to attach HiCache storage backend.")
 
     def _extra_config(self, body: AttachBody) -> str | None:
         """Resolved and checked.  None stays None: a re-attach of the same backend then keeps what it has."""
@@ -175,6 +174,7 @@ class AdminRoutes:
         registry.spec(body.hicache_storage_backend)
         try:
             config = extra_config_json(given, below=self._services.config.storage.config_dir)
+            learn_secrets(config)
             registry.validate_extra_config(body.hicache_storage_backend, config)
         except UserError as error:
             if not given or given.startswith("@"):
@@ -197,9 +197,11 @@ class AdminRoutes:
 def echo(extra_config: str) -> str:
     """What may be shown of an extra config: texts under a secret's name and logins in URLs are replaced."""
     try:
-        return json.dumps(redacted(json.loads(extra_config)), ensure_ascii=False)
+        text = json.dumps(redacted(json.loads(extra_config)), ensure_ascii=False)
     except (ValueError, RecursionError):
         return _unparsed(extra_config)
+    # Half a surrogate pair, which JSON can write and UTF-8 cannot.
+    return text.encode(errors="replace").decode()
 
 
 def _unparsed(text: str) -> str:
@@ -208,10 +210,10 @@ def _unparsed(text: str) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def _told(outcome: Outcome, success: str, failure: str, hide: Redaction | None = None) -> Response:
+def _told(outcome: Outcome, success: str, failure: str) -> Response:
     """Plain text: our line, then what the ranks said."""
     line = success if outcome.result is Result.SUCCEEDED else failure
-    message = (hide or Redaction(()))(outcome.message)
+    message = without_secrets(outcome.message)
     log.info("%s %s", line, message, extra={"command": outcome.operation_id})
     return text_reply(line if message in ("", line) else f"{line}\n{message}", _STATUS[outcome.result])
 
@@ -219,7 +221,7 @@ def _told(outcome: Outcome, success: str, failure: str, hide: Redaction | None =
 def _rank(rank: int, answer: StatusAnswer | None) -> dict[str, Any]:
     if answer is None:
         return {"rank": rank, "state": "unknown", "epoch": None, "in_flight": None, "last_error": "the rank is silent"}
-    hide = Redaction(secrets_in(json.loads(answer.extra_config_json or "{}")))
+    learn_secrets(answer.extra_config_json)
     return {
         "rank": rank,
         "state": answer.state,
@@ -228,7 +230,7 @@ def _rank(rank: int, answer: StatusAnswer | None) -> dict[str, Any]:
         "in_flight": answer.in_flight,
         "queued_backups": answer.queued_backups,
         "quarantined_pages": answer.quarantined_pages,
-        "last_error": hide(answer.last_error) or None,
+        "last_error": without_secrets(answer.last_error) or None,
         "backend_info": redacted(answer.backend_info),
         "counters": answer.counters,
         "load": answer.load,

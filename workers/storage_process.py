@@ -27,7 +27,7 @@ from sglang_hicache import wire
 from sglang_hicache.cache.pools import HostPool
 from sglang_hicache.config import LogConfig
 from sglang_hicache.errors import HiCacheError, ProtocolError, StorageError
-from sglang_hicache.observe import secrets_in, start_logging
+from sglang_hicache.observe import learn_secrets, report_uncaught, start_logging, without_secrets
 from sglang_hicache.sockets import Poller, Pull, Push, ipc_address
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.backend import OpenContext, StorageBackend
@@ -223,7 +223,7 @@ def serve_blocking(bootstrap: Bootstrap) -> int:
         except Exception as error:  # process edge: whatever a backend's library throws is the answer of this attach
             reason = str(error) if isinstance(error, HiCacheError) else f"{type(error).__name__}: {error}"
             _logger.warning("cannot attach: %s", reason)
-            push.send(wire.BackendOpenFailed(epoch=opened.epoch, reason=reason))
+            push.send(wire.BackendOpenFailed(epoch=opened.epoch, reason=without_secrets(reason)))
             return EXIT_OPEN_FAILED
         _logger.info("attached %r", backend, extra={"epoch": opened.epoch})
         outbox = Outbox(push)
@@ -242,12 +242,10 @@ def main() -> int:
     bootstrap = read_bootstrap(CONFIG_FD)
     _die_with_parent(bootstrap.parent_pid)
     opened = bootstrap.open
-    config = msgspec.json.decode(opened.extra_config_json or "{}")
-    start_logging(
-        f"storage rank {opened.rank} {opened.backend}",
-        LogConfig(format=opened.log_format, level=opened.log_level),
-        secrets_in(config),
-    )
+    learn_secrets(opened.extra_config_json)
+    speaker = f"storage rank {opened.rank} {opened.backend}"
+    start_logging(speaker, LogConfig(format=opened.log_format, level=opened.log_level))
+    report_uncaught()
     return serve_blocking(bootstrap)
 
 

@@ -336,3 +336,29 @@ def test_no_change_while_shutting_down(server: FakeServer) -> None:
 
 def test_storage_record_has_a_folder_for_http_only_when_asked() -> None:
     assert StorageConfig().config_dir == ""
+
+
+def test_a_secret_that_once_came_over_http_stays_hidden(server: FakeServer) -> None:
+    """Also when the attach has failed and no rank knows the config any more."""
+    server.answer_command = lambda rank, command: (False, "AUTH failed with 27182818 and came-over-http")
+    config = {"inner": "memory", "inner_config": {"credentials": {"pin": 27182818, "word": "came-over-http"}}}
+    body = {"hicache_storage_backend": "file", "hicache_storage_backend_extra_config_json": json.dumps(config)}
+    assert put(server, body).status_code == 400
+    server.answer_status = lambda rank: {"state": "detached", "epoch": 1, "last_error": "27182818 came-over-http"}
+    replies = [
+        server.call("DELETE", PATH, headers=ADMIN),
+        server.call("POST", f"{PATH}/clear", headers=ADMIN),
+        server.call("GET", PATH, headers=ADMIN),
+        server.call("GET", "/server_info", headers=ADMIN),
+    ]
+    for reply in replies:
+        assert "27182818" not in reply.text and "came-over-http" not in reply.text, reply.text
+    assert "AUTH failed with *** and ***" in replies[0].text
+
+
+@pytest.mark.parametrize(
+    "text", ['{"x\\ud800": 1}', '{"file_storage_path": "\\ud800"}', '{"\\u0000": "\\ud800\\ud800"}']
+)
+def test_half_a_surrogate_pair_is_a_mistake_not_a_defect(server: FakeServer, text: str) -> None:
+    reply = put(server, FILE | {"hicache_storage_backend_extra_config_json": text})
+    assert reply.status_code == 400, reply.text

@@ -2,11 +2,23 @@
 
 import json
 import logging
+import sys
+import threading
+import time
 
 import pytest
 
 from sglang_hicache.config import LogConfig
-from sglang_hicache.observe import Counters, redacted, secrets_in, start_logging
+from sglang_hicache.observe import (
+    Counters,
+    Redaction,
+    learn_secrets,
+    redacted,
+    report_uncaught,
+    secrets_in,
+    start_logging,
+    without_secrets,
+)
 from sglang_hicache.story import Story
 
 
@@ -78,14 +90,137 @@ def test_redaction_of_settings_goes_by_name_and_keeps_numbers():
     assert sorted(secrets_in(config)) == ["AK", "a", "b", "pw"]
 
 
+def test_a_number_and_everything_below_a_secret_name_is_a_secret():
+    config = {
+        "password": 12345,
+        "token": 777777,
+        "api_token": 888888,
+        "prefetch_timeout_per_ki_token": 0.25,
+        "max_tokens": 4096,
+        "credentials": {"user": "joe", "pin": 4711, "more": [{"x": "deep"}], "on": True, "none": None},
+        "AWS_SECRET_ACCESS_KEY": "aws",
+        "secretaccesskey": "run together",
+        "passphrase": "open sesame",
+        "Authorization": "Bearer x",
+    }
+    shown = redacted(config)
+    assert shown["password"] == shown["token"] == shown["api_token"] == "***"
+    assert (shown["prefetch_timeout_per_ki_token"], shown["max_tokens"]) == (0.25, 4096)
+    assert shown["credentials"] == {"user": "***", "pin": "***", "more": [{"x": "***"}], "on": True, "none": None}
+    assert {shown[name] for name in ("AWS_SECRET_ACCESS_KEY", "secretaccesskey", "passphrase", "Authorization")} == {
+        "***"
+    }
+    assert {"12345", "777777", "888888", "joe", "4711", "deep", "aws"} <= set(secrets_in(config))
+    assert "4096" not in secrets_in(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("redis://joe:p@ss@store/0", "redis://***@store/0"),
+        ("https://store/x?user=a&password=b&c=d", "https://store/x?user=a&password=***&c=d"),
+        ("https://store/x?X-Amz-Signature=abc", "https://store/x?X-Amz-Signature=***"),
+        ("Endpoint=x;AccountKey=abc==;y=1", "Endpoint=x;AccountKey=***;y=1"),
+        ("what is the key=value form?", "what is the key=value form?"),
+    ],
+)
+def test_secrets_that_show_by_their_form(text, shown):
+    assert Redaction()(text) == redacted({"url": text})["url"] == shown
+
+
+def test_a_secret_is_found_as_repr_json_and_url():
+    secret = "q\"u\\o't\u00e9/ x"
+    redact = Redaction([secret])
+    for text in (
+        secret,
+        repr(secret),
+        json.dumps(secret),
+        json.dumps(secret, ensure_ascii=False),
+        "q%22u%5Co%27t%C3%A9%2F%20x",
+    ):
+        assert "***" in redact(f"<{text}>"), text
+        assert "u" not in redact(f"<{text}>"), text
+
+
+def test_a_number_is_hidden_where_it_stands_alone():
+    assert Redaction(["12345"])("pin 12345, time 123456") == "pin ***, time 123456"
+
+
+def test_very_many_secrets_and_very_long_texts_cost_little():
+    redact = Redaction(f"secret-{number:06}" for number in range(3000))
+    assert redact("secret-002999 secret-000000") == "*** secret-000000"
+    started = time.monotonic()
+    for text in (
+        "://" * 100_000,
+        "a@" * 100_000,
+        "://" + "a" * 300_000,
+        "?key=" * 60_000,
+        "?" + "_a" * 150_000,
+        "k" * 300_000,
+    ):
+        Redaction()(text)
+        redacted({"a" + text: "x"})
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_secrets_of_a_config_that_comes_later_stay_out_of_log_and_answers(stderr, form):
+    start_logging("scheduler rank 0", LogConfig(format=form))
+    learn_secrets('{"nested": [{"password": 31415926, "db-secret": "over-http-1"}]}')
+    learn_secrets("{")
+    learn_secrets(None)
+    try:
+        raise OSError("31415926 refused").with_traceback(None) from ValueError("over-http-1")
+    except OSError as error:
+        error.add_note("story: over-http-1")
+        logging.getLogger("x").exception("%r", ["over-http-1"], extra={"rid": "over-http-1"})
+    text = stderr()
+    assert "31415926" not in text and "over-http-1" not in text
+    assert "***" in text
+    assert without_secrets("over-http-1 failed") == "*** failed"
+
+
+def test_no_message_id_or_traceback_can_forge_a_line(stderr):
+    forged = "\n2026-01-01 00:00:00.000 ERROR [launcher] forged\r\x1b[31m\u2028"
+    start_logging("tokenizer", LogConfig())
+    try:
+        raise ValueError(forged)
+    except ValueError:
+        logging.getLogger("x").exception("path %s", forged, extra={"rid": forged})
+    text = stderr()
+    assert "\r" not in text and "\x1b" not in text and "\u2028" not in text
+    lines = text.splitlines()
+    assert [line[:2] for line in lines if not line.startswith("  ")] == [lines[0][:2]]
+    assert "rid=\\n2026" in lines[0]
+
+
+def test_json_lines_are_ascii_and_one_each(stderr):
+    start_logging("tokenizer", LogConfig(format="json"))
+    logging.getLogger("x").info("\ud800 \x9b \n %s", "\u2028", extra={"rid": "a\nb"})
+    text = stderr()
+    assert text.isascii() and text.count("\n") == 1
+    assert json.loads(text)["rid"] == "a\nb"
+
+
+def test_what_nobody_catches_is_redacted_too(stderr, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    start_logging("storage rank 0 x", LogConfig(), ["uncaught-secret"])
+    report_uncaught()
+    error = RuntimeError("uncaught-secret")
+    sys.excepthook(RuntimeError, error, None)
+    threading.excepthook(threading.ExceptHookArgs((RuntimeError, error, None, threading.current_thread())))
+    text = stderr()
+    assert text.count("RuntimeError: ***") == 2
+    assert "uncaught-secret" not in text
+
+
 def test_a_story_is_told_with_the_error_and_forgets_its_beginning():
     story = Story("op 3", limit=2)
     for event in ("admitted", "sent", "settled"):
         story.note(event, pages=1)
     error = story.attach_to(RuntimeError("double close"))
-    assert error.__notes__ == [
-        "story of op 3 (1 earlier events forgotten)\n  #2 sent pages=1\n  #3 settled pages=1"
-    ]
+    assert error.__notes__ == ["story of op 3 (1 earlier events forgotten)\n  #2 sent pages=1\n  #3 settled pages=1"]
 
 
 def test_counters():
