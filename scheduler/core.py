@@ -14,7 +14,7 @@ number or a rank (but to name itself in its answers).  `digest` changes with eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from sglang_hicache import wire
@@ -52,7 +52,7 @@ class Effects:
     stop: bool = False
 
 
-def no_stop_text(_: wire.SamplingParams) -> StopText | None:
+def no_stop_text(_sampling: wire.SamplingParams, _prompt_ids: Sequence[int]) -> StopText | None:
     """For ranks without a tokenizer: requests with stop strings are not sent to them."""
     return None
 
@@ -64,7 +64,7 @@ class SchedulerCore:
         self,
         config: ServerConfig,
         rank: int,
-        make_stop_text: Callable[[wire.SamplingParams], StopText | None] = no_stop_text,
+        make_stop_text: Callable[[wire.SamplingParams, Sequence[int]], StopText | None] = no_stop_text,
     ) -> None:
         self._config = config
         self._rank = rank
@@ -145,7 +145,7 @@ class SchedulerCore:
         if request.is_probe and self._requests:
             return  # whatever the running requests produce next proves health
         if message.sampling.stop:
-            request.stop_text = self._make_stop_text(message.sampling)
+            request.stop_text = self._make_stop_text(message.sampling, message.token_ids)
         self._requests[request.rid] = request
         self.waiting.add(request)
         self._digest.mix(42, request.prompt_tokens, request.priority)

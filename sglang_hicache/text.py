@@ -9,7 +9,7 @@ transformers (three seconds of start-up) and never torch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,9 @@ LONGEST_CHARACTER = 4
 
 #: Tokens of context that are enough even when none of them has text; more would make endless special tokens quadratic.
 LONGEST_CONTEXT = 64
+
+#: Tokens of the prompt's end that are looked at for one with text: a few special ones may close it.
+LONGEST_PROMPT_TAIL = 16
 
 
 @functools.lru_cache(maxsize=4)
@@ -54,15 +57,19 @@ class IncrementalDecoder:
                           ^ _context          ^ _given              end
 
     New text = decode(context + pending) less decode(context).  While it ends in an unfinished character nothing is
-    given out.
+    given out.  The first context is the end of the prompt: without it the decoders of SentencePiece models take the
+    first word of an output for the beginning of a text and strip its space.
     """
 
-    def __init__(self, tokenizer_path: str, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer_path: str, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+    ) -> None:
         self._tokenizer = shared_tokenizer(tokenizer_path)
         self._skip_special = skip_special_tokens
         self._ids: list[int] = []
         self._context = 0
         self._given = 0
+        self._follow(prompt_ids[-LONGEST_PROMPT_TAIL:])
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Append ids; the text that is certain now and was not before (often "")."""
@@ -82,6 +89,17 @@ class IncrementalDecoder:
     def finish(self) -> str:
         """What is still pending, unfinished characters included: nothing more will come."""
         return self._give(len(self._ids), self._decode(self._given), self._decode(len(self._ids)))
+
+    def _follow(self, prompt_tail: Sequence[int]) -> None:
+        """Begin behind these ids.  The shortest end with whole text will do; a prompt that breaks off in the middle of
+        a character has none, and then the output stands for itself."""
+        for start in range(len(prompt_tail) - 1, -1, -1):
+            self._ids = list(prompt_tail[start:])
+            self._given = len(self._ids)
+            text = self._decode(self._given)
+            if text and not text.endswith(REPLACEMENT):
+                return
+        self._ids, self._given = [], 0
 
     def _give(self, end: int, known: str, text: str) -> str:
         fresh = text[len(known) :]

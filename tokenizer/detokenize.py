@@ -16,8 +16,8 @@ from sglang_hicache.wire import FinishReason, SamplingParams
 class Detokenizer:
     """Text of one request."""
 
-    def __init__(self, tokenizer_path: str, sampling: SamplingParams) -> None:
-        self._decoder = IncrementalDecoder(tokenizer_path, sampling.skip_special_tokens)
+    def __init__(self, tokenizer_path: str, sampling: SamplingParams, prompt_ids: Sequence[int]) -> None:
+        self._decoder = IncrementalDecoder(tokenizer_path, sampling.skip_special_tokens, prompt_ids)
         self._matcher = StopMatcher(sampling.stop)
         self._given = 0
         self._held = ""

@@ -201,7 +201,7 @@ class RequestManager:
         # A client may use its id again at once after an abort, while output of the old request is still under way.
         # The number keeps the two apart.
         wire_rid = f"{rid}#{next(self._numbers)}" if submission.rid else rid
-        detokenizer = Detokenizer(self._tokenizer_path, submission.sampling)
+        detokenizer = Detokenizer(self._tokenizer_path, submission.sampling, submission.token_ids)
         stream = RequestStream(index, rid, submission, detokenizer)
         request = NewRequest(
             rid=wire_rid,
