@@ -86,11 +86,19 @@ class ChildProcess:
     unread: bytes = b""
     #: What it said with its last line.
     said: str = ""
+    has_shown_stack: bool = False
 
     def signal(self, number: int) -> None:
         """Send a signal, unless it is gone."""
         if self.state is not ChildState.GONE:
             signal.pidfd_send_signal(self.pidfd, number)
+
+    def kernel_state(self) -> str:
+        """The state as the kernel names it, such as `T (stopped)`; it is not reaped yet, so its number is its own."""
+        if self.state is ChildState.GONE:
+            return "gone"
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8", errors="replace")
+        return status.partition("State:")[2].partition("\n")[0].strip()
 
 
 def child_command(name: str) -> list[str]:
@@ -217,6 +225,7 @@ class Supervisor:
             doing = "could not start" if child.state is ChildState.STARTING else "failed"
             self._fail(f"{child.name} {doing}: {text}")
         elif line:
+            child.has_shown_stack = True
             log.error("[stack of %s] %s", child.name, line)
 
     def _close_channel(self, child: ChildProcess) -> None:
@@ -329,10 +338,25 @@ class Supervisor:
     def _barked(self, stuck: list[int]) -> None:
         """Work is pending and nothing moves: every rank shows its stacks, since the stuck one may wait for another."""
         names = ", ".join(f"rank {rank}" for rank in stuck)
-        for rank in range(self._config.tp_size):
-            self._children[f"rank {rank}"].signal(signal.SIGUSR1)
+        ranks = self._ranks()
+        for child in ranks:
+            child.signal(signal.SIGUSR1)
         timeout_s = self._config.scheduler.watchdog_timeout_s
         self._fail(f"watchdog: no tick of {names} for {timeout_s:g} s with work pending", STACKS_GRACE_S)
+        for child in ranks:
+            if (state := child.kernel_state()).startswith("T"):
+                log.error("%s is in state %s: somebody stopped it; it goes on to show its stack", child.name, state)
+                child.signal(signal.SIGCONT)
+        self._last_steps.insert(0, self._name_the_silent)
+
+    def _name_the_silent(self) -> None:
+        """A rank in the kernel, or under a debugger, cannot answer; that it shows no stack is what is to be told."""
+        for child in self._ranks():
+            if child.state is not ChildState.GONE and not child.has_shown_stack:
+                log.error("%s shows no stack; its process is in state %s", child.name, child.kernel_state())
+
+    def _ranks(self) -> list[ChildProcess]:
+        return [self._children[f"rank {rank}"] for rank in range(self._config.tp_size)]
 
     def _give_back(self) -> None:
         """Whatever the reason for leaving: no child, descriptor or page stays behind."""

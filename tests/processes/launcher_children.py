@@ -60,6 +60,13 @@ def rank(scenario: str, me: child.Child) -> int:
     if scenario == "stuck":
         me.heartbeat.tick(me.rank, pending=is_chosen, now_us=1)
         wait_for_ever_in_a_function_with_a_name()
+    if scenario in ("stopped", "mute"):
+        me.heartbeat.tick(me.rank, pending=is_chosen, now_us=1)
+        if is_chosen and scenario == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif is_chosen:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        wait_for_ever_in_a_function_with_a_name()
     if is_chosen and scenario == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if is_chosen and scenario == "raise":

@@ -134,6 +134,23 @@ def test_the_watchdog_shows_the_stacks_of_all_ranks_and_stops_the_server(launch)
     assert "tokenizer saw FAILING" in server.text
 
 
+def test_a_rank_that_somebody_stopped_is_named_and_shows_its_stack_too(launch):
+    """SIGSTOP: a stopped process runs no signal handler, so the stack that matters most would be missing."""
+    server = launch("stopped")
+    assert server.finish() == 1
+    assert re.search(r"ERROR .*rank 1 is in state T \(stopped\): somebody stopped it", server.text)
+    assert re.search(r"\[stack of rank 0\] .* in wait_for_ever_in_a_function_with_a_name", server.text)
+    assert re.search(r"\[stack of rank 1\] .* in rank\b", server.text)
+    assert "shows no stack" not in server.text
+
+
+def test_a_rank_that_can_show_no_stack_is_named(launch):
+    server = launch("mute")
+    assert server.finish() == 1
+    assert re.search(r"ERROR .*rank 1 shows no stack; its process is in state S \(sleeping\)", server.text)
+    assert "rank 0 shows no stack" not in server.text
+
+
 def test_sigterm_goes_to_the_tokenizer_which_sends_the_ranks_home(launch):
     server = launch("good")
     server.read_until(r"ready: http://127\.0\.0\.1:30000\n")
