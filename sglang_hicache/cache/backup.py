@@ -68,13 +68,15 @@ class BackupQueue:
     def _first_missing(self, node: Node, tag: tuple[int, int]) -> Node | None:
         """The highest node on the way to this one that the store lacks; None if nothing can be written now."""
         tree = self._controller.tree
-        if node.host_pages is None or node.stored == tag or not tree.holds(node):
+        if node.host_pages is None or node.landing or node.stored == tag:
             return None
         first = node
         while not tree.is_root(first.parent) and first.parent.stored != tag:
             first = first.parent
             if first.id in self._writing:
                 return None  # its end offers the children
+            if first.landing:
+                return None  # so does the end of its copy
             if first.host_pages is None:
                 self.counters["ancestor_not_on_host"] += node.page_count * self._page_size
                 return None

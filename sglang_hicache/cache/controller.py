@@ -64,8 +64,6 @@ class CacheController:
         self.copies_in: list[Copy] = []
         #: In tokens, as the metrics count.
         self.counters: Counter[str] = Counter()
-        #: Nodes whose write-through is in flight (by node id): a second copy would waste host pages.
-        self._writing: dict[int, int] = {}
 
     # ------------------------------------------------------------------------------------------ device
 
@@ -106,7 +104,7 @@ class CacheController:
         if host_pages is None:
             return False
         op = self.ops.add(OpKind.DEMOTE, node.page_count)
-        op.node = node
+        op.node, node.landing = node, op.id
         self.tree.set_host(node, host_pages)
         self.tree.lock_host(node)
         device_pages = self.tree.drop_device(node)
@@ -150,7 +148,7 @@ class CacheController:
         if threshold is None or self.host is None:
             return
         for node in path:
-            if node.host_pages is not None or node.id in self._writing:
+            if node.host_pages is not None or node.landing:
                 continue
             if node.hit_count < threshold:
                 return
@@ -159,9 +157,8 @@ class CacheController:
                 self.counters["dropped_host_pressure"] += node.page_count * self._page_size
                 return
             op = self.ops.add(OpKind.WRITE_THROUGH, node.page_count)
-            op.node, op.host_pages = node, host_pages
+            op.node, op.host_pages, node.landing = node, host_pages, op.id
             self.tree.lock_device(node)
-            self._writing[node.id] = op.id
             self.copies_out.append(Copy(op.id, list(node.device_pages or ()), host_pages))
 
     def load_back(self, match: Match) -> list[int] | None:
@@ -191,22 +188,19 @@ class CacheController:
         if op.kind is OpKind.LOAD_BACK:
             self.tree.unlock_host(node)
             return []
+        landed = self.tree.span(node, op.pages)
+        for part in landed:
+            part.landing = 0
         if op.kind is OpKind.DEMOTE:
             self.tree.unlock_host(node)
-            return self.tree.span(node, op.pages)
-        published, at = [], 0
-        for part in self.tree.span(node, op.pages):
-            pages = op.host_pages[at : at + part.page_count]
+            return landed
+        at = 0
+        for part in landed:
+            self.tree.set_host(part, op.host_pages[at : at + part.page_count])
             at += part.page_count
-            if part.host_pages is None:
-                self.tree.set_host(part, pages)
-                published.append(part)
-            else:  # a prefetch brought the same pages meanwhile
-                self._need_host().free(pages)
-        self._writing.pop(node.id, None)
         self.tree.unlock_device(node)
         self.counters["backup"] += op.pages * self._page_size
-        return published
+        return landed
 
     # ------------------------------------------------------------------------------------------ insert
 

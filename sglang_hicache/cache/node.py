@@ -27,6 +27,7 @@ class Node:
         "id",
         "key",
         "keys",
+        "landing",
         "last_access",
         "page_count",
         "parent",
@@ -53,6 +54,9 @@ class Node:
         #: One page number per page, or None: not on this tier.  Both None: the node has been removed.
         self.device_pages: list[int] | None = None
         self.host_pages: list[int] | None = None
+        #: Op that copies these pages to the host, 0: none.  Until it has ended on every rank, host pages that the node
+        #: already has hold other bytes: only a load-back, which is queued behind the copy, may use them.
+        self.landing = 0
         #: (epoch, store generation) in which every rank closed the write of these pages; a hint.
         self.stored: tuple[int, int] | None = None
         #: Requests that inserted this prefix, counted by the controller.

@@ -300,7 +300,7 @@ class PrefixTree(Residency):
         cut = pages * self._page_bytes
         self._last_id += 1
         upper = Node(self._last_id, parent, node.seed, node.key[:cut], pages)
-        upper.stored = node.stored
+        upper.stored, upper.landing = node.stored, node.landing
         upper.hit_count, upper.priority = node.hit_count, node.priority
         upper.last_access, upper.created = node.last_access, node.created
         upper.device_locks, upper.host_locks = node.device_locks, node.host_locks

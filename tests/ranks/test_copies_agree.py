@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sglang_hicache import wire
+from sglang_hicache.cache.op import OpKind
 from sglang_hicache.workers.batch import ForwardBatch
 from tests.ranks.test_failure_modes import tick, world_with_storage
 from tests.ranks.world import SimRank, World, server_config
@@ -76,3 +77,30 @@ def test_fm04_the_shortest_answer_of_all_ranks_counts() -> None:
     assert len(ends) == 2
     assert ends[0] == ends[1]
     assert 0 < ends[0].storage < len(PROMPT) - 4
+
+
+def test_a_page_reaches_storage_only_after_its_copy_has_filled_it() -> None:
+    """write_back: a node is demoted, its copy is slow, and the next request loads it back and offers it for backup.
+
+    1. the demotion gives the node host pages at once, and the copy is queued
+    2. the prompt comes again: a load-back, queued behind the copy, may use them
+    3. the request's nodes are offered to storage while rank 1's copy has still not filled the pages
+    The played process refuses to write such a page; a real one would seal other bytes with a good checksum.
+    """
+    world = World(0, 2, fault_rate=0.0, config=server_config(2, device_pages=9, write_policy="write_back"))
+    world.command(wire.AttachStorage, backend="memory")
+    world.settle()
+    world.submit(PROMPT)
+    world.settle()
+    for prompt in ([9] * 30, PROMPT):
+        world.submit(prompt, max_new_tokens=1)
+        for _ in range(30):
+            tick(world)
+            for rank in world.ranks:
+                for process in rank.storage.values():
+                    process.step()
+    assert world.ranks[0].core.tiers.controller.counters["load_back"]
+    assert not any(op.kind is OpKind.WRITE for op in world.ranks[0].core.tiers.ops)
+    world.settle()
+    world.check()
+    assert world.store, "backed up once the copies had ended"

@@ -59,14 +59,23 @@ class PlayedWorker:
     def __init__(self, device_pages: int, host_pages: int) -> None:
         self.device: list[tuple[int, ...] | None] = [None] * (device_pages + 1)
         self.host: list[tuple[int, ...] | None] = [None] * host_pages
+        #: By op: what its copy out will put where.  On the device's stream it is done, in host memory it is not.
+        self._landing: dict[int, dict[int, tuple[int, ...] | None]] = {}
 
-    def copy_out(self, device_pages: list[int], host_pages: list[int]) -> None:
-        for device, host in zip(device_pages, host_pages, strict=True):
-            self.host[host] = self.device[device]
+    def copy_out(self, op_id: int, device_pages: list[int], host_pages: list[int]) -> None:
+        pairs = zip(device_pages, host_pages, strict=True)
+        self._landing[op_id] = {host: self.device[device] for device, host in pairs}
+        for host in host_pages:
+            self.host[host] = None
 
     def copy_in(self, device_pages: list[int], host_pages: list[int]) -> None:
+        under_way = {host: content for pages in self._landing.values() for host, content in pages.items()}
         for device, host in zip(device_pages, host_pages, strict=True):
-            self.device[device] = self.host[host]
+            self.device[device] = under_way.get(host, self.host[host])
+
+    def finish_copy(self, op_id: int) -> None:
+        for host, content in self._landing.pop(op_id, {}).items():
+            self.host[host] = content
 
     def forward(self, batch: ForwardBatch, whole: dict[int, list[int]]) -> list[int]:
         """`whole[i]`: all tokens of row i up to the end of its share, for the check of its cached pages."""
@@ -178,7 +187,7 @@ class PlayedStorage:
                 host[message.host_pages[done]] = content
         elif not stop:
             content = host[message.host_pages[done]]
-            assert content is not None
+            assert content is not None, "a page is written to storage before its copy has filled it"
             held = self.store.setdefault(self.key(message.keys[done]), content)
             assert held == content, "two contents under one key"
             assert message.depth == 0 or self.rank.number < 0 or message.parent, "a child without its parent's key"
@@ -208,7 +217,7 @@ class SimRank:
         core, worker = self.core, self.worker
         effects = core.apply(plan)
         for copy in effects.copies_out:
-            worker.copy_out(copy.device_pages, copy.host_pages)
+            worker.copy_out(copy.op_id, copy.device_pages, copy.host_pages)
             self.copies.append(copy.op_id)
         for copy in effects.copies_in:
             worker.copy_in(copy.device_pages, copy.host_pages)
@@ -245,6 +254,7 @@ class SimRank:
 
     def finish_copy(self) -> None:
         op_id = self.copies.pop(self.world.random.randrange(len(self.copies)))
+        self.worker.finish_copy(op_id)
         self.op_facts.append(wire.OpFact(op_id, 1 << 30, True, True))
 
     def take_facts(self) -> tuple[list, list, list]:
