@@ -92,7 +92,8 @@ class TickLoop:
         status = self._core.status(query_id)
         counters = status.counters | self._driver.counters.snapshot()
         info = self._driver.info(status.epoch)
-        return msgspec.structs.replace(status, backend_info=info, counters=counters)
+        error = status.last_error or self._driver.failure(status.epoch)
+        return msgspec.structs.replace(status, backend_info=info, counters=counters, last_error=error)
 
     # ------------------------------------------------------------------------------------------------ tick
 

@@ -37,6 +37,9 @@ REAP_TIMEOUT_US = 500_000
 
 QUEUE_FULL = "queue_full"
 
+#: Why an op may stop short although nothing is wrong with the store.
+_HARMLESS = ("revoked", QUEUE_FULL)
+
 #: Pages of a copy that has finished: more than any op has, so that it never lowers the minimum over ranks.
 ALL_PAGES = 1 << 30
 
@@ -63,6 +66,8 @@ class _Process:
     #: After its end, hardware may still write: only a fence could prove that it does not, and there is none yet.
     late_io: bool
     info: dict[str, str] = field(default_factory=dict)
+    #: Why the latest of its ops that failed did; "" while none has.
+    failure: str = ""
     #: Why its end is expected; "" while it is not.
     told: str = ""
     #: Clock at which patience with a killed process ends; None: not killed, or already told.
@@ -171,9 +176,19 @@ class StorageDriver:
                     self.counters.add("storage_corrupt_pages", message.corrupt)
                 if message.reason:
                     self.counters.add("storage_short_ops")
-                    log.debug("stopped short: %s", message.reason, extra={"op": message.op_id, "epoch": epoch})
+                    self._stopped_short(epoch, process, message)
             case wire.ClearDone():
                 self._facts.clears.append(wire.ClearFact(message.command_id, message.reason))
+
+    def _stopped_short(self, epoch: int, process: _Process, message: wire.OpProgress) -> None:
+        """Serving goes on without the store, so that only the log and the status can tell that it fails: one line for
+        each kind of failure, not one for each op of a full disk."""
+        kind, reason = message.reason.partition(":")[0], message.reason
+        is_news = kind not in _HARMLESS and kind != process.failure.partition(":")[0]
+        if kind not in _HARMLESS:
+            process.failure = reason
+        level = logging.WARNING if is_news else logging.DEBUG
+        log.log(level, "storage failed: %s", reason, extra={"op": message.op_id, "epoch": epoch})
 
     def _ended(self, epoch: int, process: _Process) -> None:
         self._hear(epoch, process)  # its last words may have come after the first look
@@ -215,6 +230,11 @@ class StorageDriver:
         """What the backend of an epoch says of itself."""
         process = self._processes.get(epoch)
         return dict(process.info) if process is not None else {}
+
+    def failure(self, epoch: int) -> str:
+        """Why the latest op of an epoch that failed did, "" if none has: the store is attached, and yet of no use."""
+        process = self._processes.get(epoch)
+        return process.failure if process is not None else ""
 
     def close(self) -> None:
         """At the very end: nothing of what is left may outlive the rank."""

@@ -61,6 +61,27 @@ def test_only_the_newest_progress_of_an_op_is_told(storage):
     assert storage.driver.counters.snapshot() == {"storage_corrupt_pages": 1, "storage_short_ops": 1}
 
 
+def test_fm53_a_store_that_fails_says_why_once_in_the_log_and_always_in_the_status(storage, caplog):
+    """1. The disk is full. 2. Serving goes on, every write fails. 3. Nobody was told: attached, and no error."""
+    client = spawn(storage)
+    assert storage.driver.failure(1) == ""
+    client.said = [wire.OpProgress(op_id=1, pages=0, settled=True, closed=True, reason="revoked")]
+    facts(storage)
+    assert storage.driver.failure(1) == "" and not caplog.records, "a revoked op is no failure"
+    for op_id in (2, 3):
+        reason = f"no_space: cannot write page {op_id}"
+        client.said = [wire.OpProgress(op_id=op_id, pages=0, settled=True, closed=True, reason=reason)]
+        facts(storage)
+        assert storage.driver.failure(1) == reason
+    client.said = [wire.OpProgress(op_id=4, pages=0, settled=True, closed=True, reason="revoked")]
+    facts(storage)
+    assert storage.driver.failure(1) == "no_space: cannot write page 3"
+    assert [record.getMessage() for record in caplog.records] == ["storage failed: no_space: cannot write page 2"]
+    client.status = 0
+    facts(storage)
+    assert storage.driver.failure(1) == "", "the next attachment starts clean"
+
+
 def test_an_op_that_meets_a_full_socket_is_closed_at_zero(storage):
     spawn(storage).is_full = True
     storage.driver.send(1, READ)
