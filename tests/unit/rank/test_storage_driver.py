@@ -61,7 +61,7 @@ def test_only_the_newest_progress_of_an_op_is_told(storage):
     assert storage.driver.counters.snapshot() == {"storage_corrupt_pages": 1, "storage_short_ops": 1}
 
 
-def test_fm53_a_store_that_fails_says_why_once_in_the_log_and_always_in_the_status(storage, caplog):
+def test_a_store_that_fails_says_why_once_in_the_log_and_always_in_the_status(storage, caplog):
     """1. The disk is full. 2. Serving goes on, every write fails. 3. Nobody was told: attached, and no error."""
     client = spawn(storage)
     assert storage.driver.failure(1) == ""
