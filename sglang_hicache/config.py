@@ -122,6 +122,8 @@ class HttpConfig(_Record, kw_only=True):
     ssl_certfile: str = ""
     #: PEM private key, or "".
     ssl_keyfile: str = ""
+    #: A larger request body is refused with 413.
+    max_body_bytes: int = 32 * 1024 * 1024
     #: cached_tokens appear in the usage of the OpenAI routes.
     cache_report: bool = False
     #: Seconds that requests in flight get to finish after SIGTERM.

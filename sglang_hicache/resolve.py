@@ -233,6 +233,7 @@ def _http(args: argparse.Namespace, environment: Mapping[str, str], rewrites: li
         ),
         ssl_certfile=args.ssl_certfile,
         ssl_keyfile=args.ssl_keyfile,
+        max_body_bytes=args.max_body_bytes,
         cache_report=args.enable_cache_report,
         drain_timeout_s=args.shutdown_drain_timeout,
     )

@@ -162,6 +162,8 @@ def _http(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}-key-file", metavar="FILE", help=f"file that holds the key of the {use} routes")
     add("--ssl-certfile", default="", metavar="PEM", help="certificate chain; with --ssl-keyfile: HTTPS")
     add("--ssl-keyfile", default="", metavar="PEM", help="private key of the certificate")
+    add("--max-body-bytes", type=_whole(1), default=32 * 1024 * 1024, metavar="N",
+        help="a larger request body is refused with 413 (default: 33554432, 32 MiB)")  # fmt: skip
     add("--shutdown-drain-timeout", type=_seconds, default=30.0, metavar="SECONDS",
         help="for running requests after SIGTERM (default: 30)")  # fmt: skip
 

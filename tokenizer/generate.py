@@ -124,6 +124,7 @@ class NativeRoutes:
     ) -> Submission:
         refuse_unsupported(params, UNSUPPORTED_SAMPLING, "sampling_params.")
         intake = self._services.intake
+        intake.check_names(rid, body.extra_key, body.cache_salt, body.priority)
         token_ids = intake.check_prompt(
             await self._services.codec.encode(prompt) if isinstance(prompt, str) else prompt
         )

@@ -23,6 +23,7 @@ from sglang_hicache.tokenizer.api import AbortBody, AttachBody, GenerateBody
 from sglang_hicache.tokenizer.api_openai import ChatBody, CompletionBody
 from sglang_hicache.tokenizer.auth import AuthLevel, AuthMiddleware
 from sglang_hicache.tokenizer.generate import NativeRoutes
+from sglang_hicache.tokenizer.http_limits import BodyLimit
 from sglang_hicache.tokenizer.info import InfoRoutes
 from sglang_hicache.tokenizer.openai import OpenAIRoutes
 from sglang_hicache.tokenizer.openapi import openapi_document
@@ -135,7 +136,8 @@ def build_app(services: Services) -> Starlette:
     return Starlette(
         routes=[route for route, _ in routes],
         middleware=[
-            Middleware(AuthMiddleware, level_of=level_of, api_key=keys.api_key, admin_api_key=keys.admin_api_key)
+            Middleware(AuthMiddleware, level_of=level_of, api_key=keys.api_key, admin_api_key=keys.admin_api_key),
+            Middleware(BodyLimit, most_bytes=keys.max_body_bytes),
         ],
         exception_handlers={HTTPException: _http_error, Exception: _defect},
     )

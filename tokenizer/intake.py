@@ -21,8 +21,19 @@ TOP_K_UNLIMITED = 1 << 30
 #: The random number generator of the sampler takes 64 bits.
 SEED_LIMIT = 1 << 63
 
-#: Stop strings per request.  Each is searched for in every token's text, on every rank.
+#: Stop strings per request, and characters of all of them.  Each is searched for in every token's text, on every rank,
+#: and so is each of its beginnings.
 MOST_STOPS = 64
+MOST_STOP_CHARACTERS = 4096
+
+#: Prompts of one request: as many as may wait by default.
+MOST_PROMPTS = 4096
+
+#: Characters of a request id, an extra key or a cache salt: every rank keeps them, and the log repeats the first.
+LONGEST_NAME = 1024
+
+#: What the msgpack of the wire, and any order of priorities, can hold.
+PRIORITY_LIMIT = 1 << 63
 
 
 class SamplingFields(Protocol):
@@ -109,7 +120,16 @@ class Intake:
                 raise UserError(
                     f"stop_token_ids holds {token_id}; ids of this model go from 0 to {self._codec.vocab_size - 1}"
                 )
-        return tuple(token_ids or ())
+        return tuple(dict.fromkeys(token_ids or ()))
+
+    @staticmethod
+    def check_names(rid: str | None, extra_key: str | None, cache_salt: str | None, priority: int | None) -> None:
+        """What travels with a request, and stays with its pages, beside the prompt."""
+        for name, value in (("rid", rid), ("extra_key", extra_key), ("cache_salt", cache_salt)):
+            if value is not None and len(value) > LONGEST_NAME:
+                raise UserError(f"{name} has {len(value)} characters; at most {LONGEST_NAME} are allowed")
+        if priority is not None and not -PRIORITY_LIMIT <= priority < PRIORITY_LIMIT:
+            raise UserError(f"the priority {priority} does not fit 64 bits")
 
     def _bound(self) -> str:
         if self._longest == self._context_length:
@@ -147,6 +167,10 @@ def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if len(stops) > MOST_STOPS:
         raise UserError(f"stop holds {len(stops)} strings; at most {MOST_STOPS} are allowed")
+    if (characters := sum(map(len, stops))) > MOST_STOP_CHARACTERS:
+        raise UserError(
+            f"the stop strings have {characters} characters together; at most {MOST_STOP_CHARACTERS} are allowed"
+        )
     return tuple(text for text in stops if text)
 
 
@@ -159,6 +183,8 @@ def prompts_of(value: str | list[Any]) -> tuple[list[str | list[int]], bool]:
     kinds = {type(item) for item in value}
     if kinds == {int}:
         return [value], False
+    if len(value) > MOST_PROMPTS:
+        raise UserError(f"the request holds {len(value)} prompts; at most {MOST_PROMPTS} are allowed")
     if kinds in ({str}, {list}):
         return value, True
     raise UserError("a list of prompts must hold only texts, or only token ids, or only lists of token ids")

@@ -170,6 +170,7 @@ class OpenAIRoutes:
         self, body: OpenAIBody, token_ids: list[int], rid: str | None, asked: int | None, default: int | None
     ) -> Submission:
         intake = self._services.intake
+        intake.check_names(rid, body.extra_key, body.cache_salt, body.priority)
         intake.check_prompt(token_ids)
         budget = intake.output_budget(len(token_ids), asked, default)
         return Submission(

@@ -24,6 +24,7 @@ from sglang_hicache.config import HttpConfig, ServerConfig
 from sglang_hicache.errors import HiCacheError, UserError
 from sglang_hicache.sockets import Pull, Push, ipc_address
 from sglang_hicache.tokenizer.http import build_app
+from sglang_hicache.tokenizer.http_limits import BoundedProtocol
 from sglang_hicache.tokenizer.intake import Intake
 from sglang_hicache.tokenizer.manager import RequestManager
 from sglang_hicache.tokenizer.ranks_desk import RanksDesk, Result
@@ -229,7 +230,7 @@ def _uvicorn_config(http: HttpConfig, services: Services) -> uvicorn.Config:
     config = uvicorn.Config(
         build_app(services),
         loop="none",
-        http="httptools",
+        http=BoundedProtocol,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -21,6 +21,12 @@ from sglang_hicache.tokenizer.chat_template import load_chat_template
 #: Prompts longer than this many characters (about 5 ms of encoding) leave the event loop.
 LONG_PROMPT_CHARACTERS = 20_000
 
+#: By how much the normalizer of a tokenizer may shorten a text, generously.
+NORMALIZER_MARGIN = 4
+
+#: A text of this length (a second of encoding) is encoded anyway, so that the answer can say how many tokens it has.
+SHORT_ENOUGH_CHARACTERS = 1_000_000
+
 
 class TextCodec:
     """Tokenizer, chat template and vocabulary size of the served model."""
@@ -34,8 +40,18 @@ class TextCodec:
         #: Ids at or above this have no embedding row: a forward over them would read outside the table.
         self.vocab_size: int = self.model_config.get("vocab_size") or self._tokenizer.get_vocab_size()
 
+        longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
+        #: A longer text cannot be few enough tokens.
+        fitting = model.context_length * longest_token * NORMALIZER_MARGIN
+        self._most_characters = max(fitting, SHORT_ENOUGH_CHARACTERS)
+
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a prompt, with the tokenizer's own frame (begin-of-text …) unless told otherwise."""
+        if len(text) > self._most_characters:
+            # Finding out how many tokens it has would take minutes of a core.
+            raise UserError(
+                f"the prompt has {len(text)} characters; at most {self._most_characters} can fit the model's context"
+            )
         if len(text) > LONG_PROMPT_CHARACTERS:
             return await asyncio.to_thread(self._encode_blocking, text, add_special_tokens)
         return self._encode_blocking(text, add_special_tokens)
