@@ -198,7 +198,7 @@ class Commands:
                 continue
             del self._waiting[command_id]
             if not blockers:
-                self._tiers.controller.reset()
+                self._tiers.flush()
                 self._answer(command_id, True, "Cache flushed.")
             elif command.timeout_s:
                 self._answer(command_id, False, f"Timed out waiting for idle. {blockers}")

@@ -3,7 +3,7 @@
 A tick, in order:
 
     outcomes   what all ranks agree on: attachments, ops, clears         tiers, commands
-    inputs     admin commands, aborts, new requests                      commands, here
+    inputs     admin commands, new requests, aborts                      commands, here
     choice     who computes what, with which pages                       admission
     effects    messages, copies, the batch                               for the loop
     results    sampled ids: tokens, stops, insertion into the tree       results
@@ -103,10 +103,10 @@ class SchedulerCore:
         for command in plan.commands:
             self.commands.start(command, plan.now_us)
             effects.stop |= isinstance(command, wire.Shutdown)
-        for rid in plan.aborts:
-            self._abort(rid, effects)
         for request in plan.requests:
             self._receive(request, plan.now_us, effects)
+        for rid in plan.aborts:  # after the requests: one that came and went within a tick has both in this plan
+            self._abort(rid, effects)
         self.commands.look_again(plan.now_us)
         self._shares = self.admission.choose(self.tick, plan.now_us)
         self.tiers.backup.pump(plan.now_us)
@@ -142,7 +142,7 @@ class SchedulerCore:
         if refusal := self._refusal(request):
             effects.outputs.append(request.output((), refusal))
             return
-        if request.is_probe and self._requests:
+        if request.is_probe and self.admission.running:
             return  # whatever the running requests produce next proves health
         if message.sampling.stop:
             request.stop_text = self._make_stop_text(message.sampling, message.token_ids)

@@ -77,8 +77,10 @@ class RequestPages:
     def share(self, request: Request, tick: int) -> None:
         """Hand the computed full pages to the tree, so that others find them."""
         full = request.computed // self._page_size
-        if not self._reuse or request.is_probe or full <= request.counted_pages:
-            return  # not "<= locked_pages": a prompt that was cached whole is a hit all the same
+        # Not locked_pages alone: a prompt that was cached whole is a hit all the same.  Not counted_pages alone: what
+        # a retracted request computes again is counted, but may have left the tree meanwhile.
+        if not self._reuse or request.is_probe or full <= min(request.locked_pages, request.counted_pages):
+            return
         tree = self._controller.tree
         inserted = self._controller.insert(
             request.seed, encode_tokens(request.tokens[: full * self._page_size]), request.pages[:full],
@@ -88,7 +90,8 @@ class RequestPages:
         tree.lock_device(inserted.node)
         if request.node is not None:
             tree.unlock_device(request.node)
-        request.node, request.locked_pages, request.counted_pages = inserted.node, full, full
+        request.node, request.locked_pages = inserted.node, full
+        request.counted_pages = max(full, request.counted_pages)
         self._backup.offer(inserted.path)
 
     def give_back(self, request: Request, tick: int) -> None:

@@ -15,6 +15,7 @@ from sglang_hicache.cache.controller import CacheController
 from sglang_hicache.cache.op import Op, OpKind
 from sglang_hicache.cache.storage_ops import StorageOps
 from sglang_hicache.cache.tree import Node
+from sglang_hicache.errors import IntegrityError
 
 #: Nodes that may wait to be written; beyond it the oldest is dropped and counted (it is offered again when touched).
 MAX_QUEUED = 16384
@@ -30,7 +31,8 @@ class BackupQueue:
         self._storage = storage
         self._page_size = page_size
         self._queue: dict[int, Node] = {}
-        self._writing: dict[int, int] = {}
+        #: By node id: writes under way, and writes of lost attachments that still hold their pages.
+        self._writing: dict[int, Op] = {}
         #: In tokens.
         self.counters: Counter[str] = Counter()
 
@@ -51,7 +53,7 @@ class BackupQueue:
 
     def can_start(self) -> bool:
         """A call of `pump` would start something, or empty the queue."""
-        return bool(self._queue) and len(self._writing) < MAX_WRITES
+        return bool(self._queue) and self._storage.count(OpKind.WRITE) < MAX_WRITES
 
     def pump(self, now_us: int) -> None:
         """Start as many writes as may run."""
@@ -59,7 +61,7 @@ class BackupQueue:
         if tag is None:
             self._queue.clear()  # the tag is gone with its attachment; touched nodes are offered to the next one
             return
-        while self._queue and len(self._writing) < MAX_WRITES:
+        while self.can_start():
             node = self._queue.pop(next(iter(self._queue)))
             first = self._first_missing(node, tag)
             if first is not None:
@@ -85,11 +87,10 @@ class BackupQueue:
     def _write(self, node: Node, now_us: int) -> None:
         op = self._storage.admit(OpKind.WRITE, node.page_count, now_us)
         if op is None:
-            self._queue[node.id] = node
-            return
+            raise IntegrityError(f"storage is on, fewer than {MAX_WRITES} writes run, and it takes none of {node!r}")
         op.node = node
         self._queue.pop(node.id, None)
-        self._writing[node.id] = op.id
+        self._writing[node.id] = op
         tree = self._controller.tree
         tree.lock_host(node)
         self._storage.send(op, wire.WritePages(
@@ -118,6 +119,19 @@ class BackupQueue:
         """The op went with its attachment."""
         self._end(op)
         self.counters["detached"] += op.pages * self._page_size
+
+    def before_flush(self) -> list[int]:
+        """Writes in quarantine take their pages out of the tree, which forgets them: the pages are returned."""
+        taken: dict[int, None] = {}
+        for op in list(self._writing.values()):
+            node = self._end(op)
+            for part in self._controller.tree.span(node, op.pages) if node is not None else ():
+                # Two writes share pages if a node was split under the first one: the first keeps them.
+                fresh = [page for page in part.host_pages or () if page not in taken]
+                op.host_pages += fresh
+                taken |= dict.fromkeys(fresh)
+            op.node = None
+        return list(taken)
 
     def _end(self, op: Op) -> Node | None:
         node = op.node

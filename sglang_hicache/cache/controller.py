@@ -13,6 +13,7 @@ freed only when the plan says that the copy has ended on every rank.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass
 
 from sglang_hicache.cache.op import Op, OpKind, OpTable
@@ -221,11 +222,14 @@ class CacheController:
         self.write_through(insertion.path)
         return Inserted(insertion.node, held, insertion.path)
 
-    def reset(self) -> None:
-        """Empty L1 and L2.  Only while no op is in flight: an op's pages would be freed under its copy."""
+    def reset(self, keep_host_pages: Container[int] = ()) -> None:
+        """Empty L1 and L2.  Only while no op is in flight: an op's pages would be freed under its copy.
+
+        `keep_host_pages`: leave the tree like all others, but somebody owns them now.
+        """
         if len(self.ops):
             raise IntegrityError(f"the cache cannot be flushed with ops in flight: {self.ops.counts()}")
         device_pages, host_pages = self.tree.reset()
         self.device.free(device_pages)
         if self.host is not None:
-            self.host.free(host_pages)
+            self.host.free([page for page in host_pages if page not in keep_host_pages])

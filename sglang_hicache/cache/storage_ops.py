@@ -35,8 +35,9 @@ class StorageOps:
     def is_stored(self, tag: tuple[int, int] | None) -> bool:
         return tag is not None and tag == self.tag
 
-    def in_flight(self) -> int:
-        return sum(self._ops.count(kind) for kind in (OpKind.LOOKUP, OpKind.READ, OpKind.WRITE))
+    def count(self, kind: OpKind) -> int:
+        """Ops of a kind in flight, those in quarantine not among them."""
+        return self._ops.count(kind)
 
     def admit(self, kind: OpKind, pages: int, now_us: int, rid: str = "") -> Op | None:
         """Enter an op, or None when the gate is closed or storage has enough to do."""

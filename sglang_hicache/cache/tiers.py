@@ -142,9 +142,13 @@ class Tiers:
     def _give_back(self, op: Op) -> None:
         if op.kind is OpKind.WRITE:
             self.backup.epoch_gone(op)
-        elif op.host_pages and self.controller.host is not None:
+        if op.host_pages and self.controller.host is not None:
             self.controller.host.free(op.host_pages)
             op.host_pages = []
+
+    def flush(self) -> None:
+        """Empty device and host.  What a written-off process may still read stays in quarantine."""
+        self.controller.reset(keep_host_pages=frozenset(self.backup.before_flush()))
 
     # --------------------------------------------------------------------------------------- the tick's end
 
