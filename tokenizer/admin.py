@@ -214,8 +214,9 @@ def _told(outcome: Outcome, success: str, failure: str) -> Response:
     """Plain text: our line, then what the ranks said."""
     line = success if outcome.result is Result.SUCCEEDED else failure
     message = without_secrets(outcome.message)
-    log.info("%s %s", line, message, extra={"command": outcome.operation_id})
-    return text_reply(line if message in ("", line) else f"{line}\n{message}", _STATUS[outcome.result])
+    text = line if message in ("", line) else f"{line}\n{message}"
+    log.info("%s", text.replace("\n", " "), extra={"command": outcome.operation_id})
+    return text_reply(text, _STATUS[outcome.result])
 
 
 def _rank(rank: int, answer: StatusAnswer | None) -> dict[str, Any]:

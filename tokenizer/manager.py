@@ -290,6 +290,12 @@ class RequestManager:
         changed.set()
 
     def _forget(self, stream: RequestStream) -> None:
+        """Every request ends here, with the one line of the log that tells of it."""
+        end = stream.finish.type if stream.finish else "?"
+        tiers = stream.cached.device, stream.cached.host, stream.cached.storage
+        line = "request ended (%s): %d prompt tokens (device %d, host %d, storage %d), %d new, %.3f s"
+        numbers = stream.prompt_tokens, *tiers, len(stream.token_ids), stream.e2e_latency_s
+        log.info(line, end, *numbers, extra={"rid": stream.rid})
         del self._streams[self._client_rids.pop(stream.rid)]
         if not self._streams:
             self._idle.set()

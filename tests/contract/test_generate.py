@@ -95,6 +95,20 @@ def test_default_output_is_128_or_what_fits(server: FakeServer) -> None:
     assert [request.sampling.max_new_tokens for request in server.commands(wire.NewRequest)] == [128, 12]
 
 
+def test_the_log_tells_of_each_request_with_its_id(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+    cached = wire.CachedTokens(device=64, storage=128)
+    finish = wire.FinishReason(type="length")
+    server.generate = lambda request: [
+        wire.RequestOutput(rid=request.rid, token_ids=(65,), finish=finish, cached=cached)
+    ]
+    with caplog.at_level("INFO", logger="sglang_hicache.tokenizer.manager"):
+        post(server, text="abc", rid="my request")
+    (record,) = caplog.records
+    assert vars(record)["rid"] == "my request", "as the client chose it"
+    told = record.getMessage()
+    assert told.startswith("request ended (length): 3 prompt tokens (device 64, host 0, storage 128), 1 new, ")
+
+
 def test_cached_tokens_are_split_by_tier(server: FakeServer) -> None:
     cached = wire.CachedTokens(device=64, host=128, storage=256, storage_backend="FileBackend")
     finish = wire.FinishReason(type="stop", matched=9)
