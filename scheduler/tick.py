@@ -9,17 +9,21 @@ facts and the time.
 
 from __future__ import annotations
 
+import logging
 import random
+from collections.abc import Collection
 
 import msgspec
 
 from sglang_hicache import wire
-from sglang_hicache.cache.op import OpPhase
+from sglang_hicache.cache.op import Op, OpPhase
 from sglang_hicache.config import ServerConfig
 from sglang_hicache.errors import IntegrityError
 from sglang_hicache.scheduler.core import SchedulerCore
 from sglang_hicache.storage.attachment import StorageAttachment, StorageSlot
 from sglang_hicache.storage.attachment_events import State
+
+log = logging.getLogger(__name__)
 
 #: A follower that is this many plans behind is dead: each plan it lacks is memory here and a client waiting.
 MAX_UNACKNOWLEDGED = 64
@@ -54,6 +58,10 @@ class Ledger:
     def details(self, kind: str, epoch: int) -> str:
         """The reasons of those who reported, in rank order."""
         return "; ".join(f"rank {rank}: {detail}" for rank, detail in sorted(self.said(kind, epoch).items()))
+
+    def closed_by(self, op_id: int) -> set[int]:
+        """Ranks that have let go of an op."""
+        return {rank for rank, fact in self._ops.get(op_id, {}).items() if fact.closed}
 
     def op_outcomes(self, core: SchedulerCore, ending: set[int]) -> list[wire.OpOutcome]:
         """Ops on which all ranks agree now; those of an epoch that ends in this plan go with it."""
@@ -195,6 +203,8 @@ class Leader:
         for attachment in slot.places():
             event, detail = self._event(attachment, now_us, core)
             if event and slot.expects(event, attachment.epoch):
+                if event in ("lost", "deadline"):
+                    log.warning("the storage is given up: %s", detail, extra={"epoch": attachment.epoch})
                 outcomes.append(wire.StorageOutcome(event, attachment.epoch, detail))
         for epoch in slot.quarantined:
             # A driver reports quiet with the reap, or, for a backend with late_io, when its fence has proven it.
@@ -217,14 +227,33 @@ class Leader:
         if state in (State.ATTACHED, State.DRAINING):
             stuck = [op for op in core.tiers.ops.of_epoch(epoch) if op.deadline_us and now_us >= op.deadline_us]
             if stuck:
-                seconds = self._config.storage.op_timeout_s
-                return "lost", f"{stuck[0].kind.name.lower()} op {stuck[0].id} has not ended within {seconds:g} s"
+                return "lost", self._hung(stuck[0])
         deadline_us = self._deadline_us(attachment, core.tiers.slot, now_us)
         if deadline_us is not None and now_us >= deadline_us:
-            silent = [str(rank) for rank in range(self._ranks) if rank not in ledger.said("opened", epoch)]
-            opening = f"not open in time on rank {', '.join(silent)}"
-            return "deadline", opening if state is State.ATTACHING else "drain deadline passed"
+            return "deadline", self._late(attachment)
         return "", ""
+
+    def _hung(self, op: Op) -> str:
+        """In the words of whoever reads the status: what the store did not do, and where."""
+        ended = self._ledger.closed_by(op.id)
+        seconds = self._config.storage.op_timeout_s
+        return (
+            f"the store hangs: a {op.kind.name.lower()} of {op.pages} pages did not end within {seconds:g} s on "
+            f"{self._others(ended)} (op {op.id}); storage is detached, attach it again when the store answers"
+        )
+
+    def _late(self, attachment: StorageAttachment) -> str:
+        if attachment.state is State.ATTACHING:
+            return f"not open in time on {self._others(self._ledger.said('opened', attachment.epoch))}"
+        if attachment.state is State.DRAINING:
+            count = attachment.in_flight
+            return f"the store hangs: {count} operations did not end before the detach was due; they were cut off"
+        late = self._others(self._ledger.said("reaped", attachment.epoch))
+        return f"the store did not close in time on {late}, and its process was killed"
+
+    def _others(self, ranks: Collection[int]) -> str:
+        """All ranks but these, as text."""
+        return f"rank {', '.join(str(rank) for rank in range(self._ranks) if rank not in ranks)}"
 
     def _deadline_us(self, attachment: StorageAttachment, slot: StorageSlot, now_us: int) -> int | None:
         """When the patience with an attachment ends, in the leader's clock."""

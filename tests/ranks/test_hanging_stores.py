@@ -1,0 +1,47 @@
+"""What an operator reads when a store hangs: which one, doing what, on which rank, and what became of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_hicache import wire
+from tests.ranks.test_failure_modes import PROMPT, process, tick, warm_store, world_with_storage
+from tests.ranks.world import World
+
+
+def last_words(world: World, caplog: pytest.LogCaptureFixture) -> str:
+    """The same on every rank, and in the log."""
+    world.settle()
+    world.check()
+    (words,) = {rank.core.tiers.slot.last_error for rank in world.ranks}
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [f"the storage is given up: {words}"]
+    return words
+
+
+def test_an_op_that_never_ends_is_told_with_its_rank(caplog: pytest.LogCaptureFixture) -> None:
+    """1. Rank 1's store hangs in a read. 2. All ranks detach. 3. The log was silent, the status named a number."""
+    world = world_with_storage(store=warm_store())
+    process(world, 1).state = "held"
+    rid = world.submit(PROMPT)
+    words = last_words(world, caplog)
+    assert "the store hangs: a lookup of 6 pages did not end within 5 s on rank 1 (op " in words
+    assert "detached" in words and world.ranks[0].outputs[-1].rid == rid
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_detach_that_had_to_kill_says_so(busy: bool, caplog: pytest.LogCaptureFixture) -> None:
+    world = world_with_storage()
+    if busy:
+        world.submit(PROMPT, max_new_tokens=1)
+        tick(world)
+    command = world.command(wire.DetachStorage, flush_timeout_s=0.0 if busy else None, deadline_s=1.0)
+    tick(world)
+    for rank in world.ranks:
+        for storage in rank.storage.values():
+            storage.state = "held"
+    words = last_words(world, caplog)
+    assert world.answer(command).success
+    if busy:
+        assert "1 operations did not end before the detach was due" in words
+    else:
+        assert words == "the store did not close in time on rank 0, 1, and its process was killed"
