@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 from sglang_hicache.errors import UserError
 
 SUFFIXES = (".json", ".toml", ".yaml", ".yml")
+
+#: More than any extra config may have.
+LARGEST_FILE_BYTES = 256 * 1024
 
 
 def extra_config_json(text: str | None, *, below: str | None = None) -> str | None:
@@ -26,7 +30,7 @@ def extra_config_json(text: str | None, *, below: str | None = None) -> str | No
         return None
     if text.lstrip().startswith("@"):
         path = _permitted(Path(text.strip()[1:]), below)
-        value = _read(path)
+        value = _read(path, below)
         source = str(path)
     else:
         value = _parsed("the extra config", lambda: json.loads(text or "{}"))
@@ -54,11 +58,29 @@ def _permitted(path: Path, below: str | None) -> Path:
     return real
 
 
-def _read(path: Path) -> Any:
+def _text_of(path: Path, below: str | None) -> str:
+    """The text of a plain file of bounded size, which is still where it was when its path was checked."""
+    # Without O_NONBLOCK a named pipe would hold the caller, and with it every client, until somebody writes to it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{str(path)!r} is not a plain file")
+        opened = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if below and Path(os.path.realpath(below)) not in opened.parents:
+            raise UserError(f"extra config @{path} is not below the folder that --hicache-config-dir allows")
+        content = os.read(descriptor, LARGEST_FILE_BYTES + 1)
+    finally:
+        os.close(descriptor)
+    if len(content) > LARGEST_FILE_BYTES:
+        raise OSError(f"{str(path)!r} is larger than {LARGEST_FILE_BYTES} bytes")
+    return content.decode()
+
+
+def _read(path: Path, below: str | None) -> Any:
     if path.suffix not in SUFFIXES:
         raise UserError(f"extra config file {str(path)!r} must end in one of: {', '.join(SUFFIXES)}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _text_of(path, below)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read extra config file {str(path)!r}: {error}") from error
     if path.suffix == ".json":
@@ -68,7 +90,14 @@ def _read(path: Path) -> Any:
     import yaml  # lazy door: few use it, and every process that reads a config would load it
 
     try:
+        # Ten lines of aliases of aliases are a billion entries as soon as they are written out.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise UserError(f"{path} uses YAML aliases, which are not supported here")
         return yaml.safe_load(text)
+    except (RecursionError, ValueError):
+        raise UserError(
+            f"{path} is not YAML that can be used here (nested too deep, or a value out of range)"
+        ) from None
     except yaml.YAMLError as error:
         # Its own text quotes the line that it stumbled over, and that line may be the one with the password.
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None

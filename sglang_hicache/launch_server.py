@@ -78,13 +78,16 @@ def _log_start(config: ServerConfig) -> None:
 def run_folder() -> Iterator[str]:
     """A private folder for the sockets of one server: 0700, gone when the server is."""
     base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    old_umask = os.umask(0o077)  # for all processes of the server: sockets, caches and pages are this user's alone
     try:
         folder = tempfile.mkdtemp(prefix="hicache-", dir=base)  # mkdtemp makes it 0700
     except OSError as error:
+        os.umask(old_umask)
         raise UserError(f"cannot make a folder for sockets in {base!r}: {error}; set XDG_RUNTIME_DIR") from error
     try:
         yield folder
     finally:
+        os.umask(old_umask)
         shutil.rmtree(folder, ignore_errors=True)
 
 

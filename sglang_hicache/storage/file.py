@@ -51,6 +51,13 @@ LEAST_SHARED_PAGE_BYTES = 256 * 1024
 _READ_ON = (PageResult.HIT, PageResult.WRONG_SIZE)
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+#: What the system says when a page's name belongs to a link, a folder, a pipe or a socket: no page, and in its way.
+_NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO)
+
+#: Without O_NONBLOCK a named pipe in a page's place would hold the lane for ever.
+_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+
 _FAN_OUT = re.compile(r"[0-9a-f]{2}")
 _PAGE_FILE = re.compile(r"[0-9a-f]{64}\.[0-9]+-[0-9]+\.page")
 
@@ -157,14 +164,18 @@ class FileBackend(StorageBackend):
 
     def _read(self, page: IncomingPage) -> PageOutcome:
         try:
-            descriptor = os.open(self._path(page.name), os.O_RDONLY | os.O_NOFOLLOW)
+            descriptor = os.open(self._path(page.name), _READ_FLAGS)
         except FileNotFoundError:
             return PageResult.MISS
         except OSError as error:
+            if error.errno in _NO_FILE:
+                return PageResult.WRONG_SIZE
             return _fault(f"cannot open page {page.name}", error)
         try:
             return PageResult.HIT if _fill(descriptor, page) else PageResult.WRONG_SIZE
         except OSError as error:
+            if error.errno in _NO_FILE:
+                return PageResult.WRONG_SIZE
             return _fault(f"cannot read page {page.name}", error)
         finally:
             os.close(descriptor)
@@ -275,7 +286,7 @@ def _is_page(entry: os.DirEntry[str]) -> bool:
     if not entry.is_file(follow_symlinks=False):
         return False
     try:
-        descriptor = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(entry.path, _READ_FLAGS)
     except FileNotFoundError:
         return False
     try:

@@ -97,6 +97,14 @@ def refuse_unsafe(root: Path) -> None:
             f"run: chmod go-w {root}",
             "refused",
         )
+    for parent in Path(os.path.realpath(root)).parents:
+        mode = parent.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise StorageError(
+                f"storage folder {root} lies in {parent}, which everybody can write (mode {stat.S_IMODE(mode):o}): "
+                f"somebody could put another folder in its place; run: chmod o-w {parent}",
+                "refused",
+            )
 
 
 def sweep(parent: Path) -> None:

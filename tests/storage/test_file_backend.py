@@ -194,7 +194,7 @@ class TestPages:
         path.rename(root / "moved")
         path.symlink_to(root / "moved")
         result = _read(backend, 1)
-        assert (result.pages, result.reason.split(":")[0]) == (0, "io")
+        assert (result.pages, result.reason.split(":")[0]) == (0, "corrupt")
 
     def test_unreadable_page_is_a_fault_of_its_op(
         self, open_backend: Open, root: Path, monkeypatch: pytest.MonkeyPatch
@@ -343,3 +343,57 @@ class TestSharedReads:
         go_on.set()
         caller.join()
         assert order == ["read"] * 32 + ["returned"]
+
+
+class TestWhatIsNoPage:
+    """Something else has the name of a page: a miss that neither waits nor follows, and makes room where it can."""
+
+    @pytest.mark.parametrize("kind", ["link", "pipe", "socket", "folder", "sparse"])
+    def test_it_is_a_miss(self, open_backend: Open, root: Path, tmp_path: Path, kind: str) -> None:
+        backend = open_backend("file", {"file_storage_path": str(root)})
+        assert _write(backend, 1).pages == 1
+        [page] = root.rglob("*.page")
+        elsewhere = tmp_path / "elsewhere"
+        page.rename(elsewhere)
+        if kind == "link":
+            page.symlink_to(elsewhere)
+        elif kind == "pipe":
+            os.mkfifo(page)
+        elif kind == "socket":
+            os.mknod(page, stat.S_IFSOCK | 0o600)
+        elif kind == "folder":
+            page.mkdir()
+        else:
+            with page.open("wb") as file_:
+                file_.truncate(1 << 40)
+        assert _read(backend, 1).pages == 0
+        assert elsewhere.exists()
+        if kind != "folder":
+            assert not os.path.lexists(page)
+            assert _write(backend, 1).pages == 1
+            assert _read(backend, 1).pages == 1
+
+    def test_clear_neither_waits_nor_follows(self, open_backend: Open, root: Path, tmp_path: Path) -> None:
+        backend = open_backend("file", {"file_storage_path": str(root)})
+        assert _write(backend, 3).pages == 3
+        first, second, _ = sorted(root.rglob("*.page"))
+        elsewhere = tmp_path / "elsewhere"
+        first.rename(elsewhere)
+        first.symlink_to(elsewhere)
+        second.unlink()
+        os.mkfifo(second)
+        assert backend.clear_blocking(second.parents[1].name) == 1
+        assert elsewhere.exists()
+
+
+def test_a_folder_that_others_could_swap_is_refused(open_backend: Open, tmp_path: Path) -> None:
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    (open_to_all / "mine").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(open_to_all / "mine")
+    open_to_all.chmod(0o777)
+    for path in (open_to_all / "mine", open_to_all / "mine" / "deep" / "er", tmp_path / "link"):
+        with pytest.raises(StorageError, match="everybody can write"):
+            open_backend("file", {"file_storage_path": str(path)})
+    open_to_all.chmod(0o1777)
+    open_backend("file", {"file_storage_path": str(open_to_all / "mine")})

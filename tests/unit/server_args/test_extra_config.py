@@ -1,6 +1,8 @@
 """An extra config from text or file, and which files HTTP may reach."""
 
 import json
+import os
+import time
 
 import pytest
 
@@ -54,3 +56,45 @@ def test_http_reads_below_its_folder_only(tmp_path):
     for path in ("../out/c.json", str(outside / "c.json"), "link.json"):
         with pytest.raises(UserError, match="not below"):
             extra_config_json(f"@{path}", below=str(inside))
+
+
+@pytest.mark.parametrize("below", [True, False])
+def test_only_plain_files_of_bounded_size_are_read(tmp_path, below):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "large.json").write_text('{"a": "' + "x" * 300_000 + '"}')
+    (tmp_path / "device.json").symlink_to("/dev/zero")
+    for name in ("pipe", "folder", "large", "device"):
+        with pytest.raises(UserError):
+            extra_config_json(f"@{tmp_path / name}.json", below=str(tmp_path) if below else None)
+
+
+def test_a_folder_swapped_for_a_link_after_the_check_is_noticed(tmp_path, monkeypatch):
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    (inside / "sub").mkdir(parents=True)
+    outside.mkdir()
+    (inside / "sub" / "c.json").write_text("{}")
+    (outside / "c.json").write_text('{"secret": 1}')
+    real_open = os.open
+
+    def swap_and_open(path, *args, **kwargs):
+        (inside / "sub").rename(inside / "old")
+        (inside / "sub").symlink_to(outside)
+        monkeypatch.undo()
+        return real_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", swap_and_open)
+    with pytest.raises(UserError, match="not below"):
+        extra_config_json("@sub/c.json", below=str(inside))
+
+
+def test_yaml_that_explodes_or_nests_is_refused_at_once(tmp_path):
+    bomb = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+    )
+    started = time.monotonic()
+    for name, text in (("bomb.yaml", bomb), ("deep.yaml", "[" * 5000), ("date.yaml", "a: 2026-99-99")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError):
+            extra_config_json(f"@{tmp_path / name}")
+    assert time.monotonic() - started < 10

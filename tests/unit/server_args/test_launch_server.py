@@ -33,7 +33,9 @@ def test_the_run_folder_is_private_and_goes_with_the_server(monkeypatch, tmp_pat
     with launch_server.run_folder() as folder:
         assert os.path.dirname(folder) == str(tmp_path)
         assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
-        (tmp_path / os.path.basename(folder) / "socket").touch()
+        socket = tmp_path / os.path.basename(folder) / "socket"
+        socket.touch()
+        assert stat.S_IMODE(socket.stat().st_mode) == 0o600
     assert os.listdir(tmp_path) == []
 
 
