@@ -60,7 +60,7 @@ class Op:
     rid: str = ""
     #: Store generation when it started: a write that ends after a clear proves nothing.
     generation: int = 0
-    #: Leader's clock: not closed by then means its lane is lost.  0: no deadline.
+    #: Leader's clock: neither closed by then nor any op of its lane means that the lane is lost.  0: no deadline.
     deadline_us: int = 0
     phase: OpPhase = OpPhase.RUNNING
     done: int = 0

@@ -57,6 +57,16 @@ class StorageOps:
         if self._ops.revoke(op):
             self.send(op, wire.RevokeOp(op_id=op.id))
 
+    def lane_moved(self, ended: Op, now_us: int) -> None:
+        """An op has ended on every rank: those behind it in the lane get their time from now on.
+
+        Sixteen large writes to a slow store take longer than one may; only a lane that stands still is lost.
+        """
+        is_write = ended.kind is OpKind.WRITE
+        for op in self._ops.of_epoch(ended.epoch):
+            if op.deadline_us and (op.kind is OpKind.WRITE) == is_write:
+                op.deadline_us = now_us + self._op_timeout_us
+
     def close(self, op: Op) -> None:
         """Every rank has let go of it."""
         self._ops.remove(op)

@@ -96,6 +96,7 @@ class Tiers:
                 self.prefetcher.read_settled(op, tick)
         if outcome.closed:
             self._close(op)
+            self.storage.lane_moved(op, now_us)
 
     def _close(self, op: Op) -> None:
         if op.kind is OpKind.WRITE:
@@ -121,6 +122,8 @@ class Tiers:
                         self._give_back(op)
                 case Kill(epoch):
                     self._revoke(epoch)  # its requests go on with what has arrived
+                    for op in self.ops.of_epoch(epoch):
+                        op.deadline_us = 0  # the reap ends it; a deadline that has passed would keep the leader awake
                     self._driver.append(instruction)
                 case Spawn() | Stop():
                     self._driver.append(instruction)

@@ -123,3 +123,66 @@ def test_a_probe_runs_while_all_requests_wait_for_storage() -> None:
     world.leader.add_request(wire.NewRequest(rid=probe, token_ids=[1], sampling=sampling))
     tick(world)
     assert [o.rid for o in world.ranks[0].outputs] == [probe]
+
+
+def test_a_slow_lane_that_gets_on_is_not_lost() -> None:
+    """Sixteen writes wait in one lane that ends one every second: the last waits longer than the time for one op."""
+    world = World(0, 2, fault_rate=0.0, config=server_config(2, device_pages=200, host_pages=200))
+    world.command(wire.AttachStorage, backend="memory", extra_config_json='{"prefetch_threshold": 100}')
+    world.settle()
+    for rank in world.ranks:
+        process(world, rank.number).state = "held"
+    for i in range(MAX_WRITES):
+        world.submit([i] * (PAGE + 1), max_new_tokens=1)
+    for _ in range(4 * MAX_WRITES):
+        tick(world)
+        for rank in world.ranks:
+            while rank.copies:
+                rank.finish_copy()
+    slot = world.ranks[0].core.tiers.slot
+    for _ in range(MAX_WRITES):
+        world.now_us += 1_000_000
+        for rank in world.ranks:
+            held = rank.storage[1]
+            held.state = "open"
+            held.step()
+            held.step()
+            held.state = "held"
+        tick(world)
+        assert slot.gate() == 1, slot.last_error
+    world.settle()
+    world.check()
+
+
+def test_a_lane_that_stands_still_is_lost_in_time() -> None:
+    world = world_with_storage(store=warm_store())
+    for rank in world.ranks:
+        process(world, rank.number).state = "held"
+    world.submit(PROMPT)
+    tick(world)
+    slot = world.ranks[0].core.tiers.slot
+    world.now_us += 4_900_000
+    tick(world)
+    assert slot.gate() == 1
+    world.now_us += 200_000
+    tick(world)
+    assert slot.gate() is None
+    assert slot.last_error
+
+
+def test_a_deadline_that_has_passed_does_not_keep_the_leader_awake() -> None:
+    """After the kill there is nothing to do but to wait for the reap: no plans in a row until it comes."""
+    world = world_with_storage(store=warm_store())
+    for rank in world.ranks:
+        process(world, rank.number).state = "held"
+    world.submit(PROMPT, max_new_tokens=1)
+    tick(world)
+    world.now_us += 6_000_000
+    for _ in range(4):
+        tick(world)
+    assert world.ranks[0].core.tiers.slot.gate() is None
+    before = len(world.plans)
+    for _ in range(10):
+        world.now_us += 1_000
+        world.lead()
+    assert len(world.plans) == before
