@@ -62,7 +62,7 @@ class Request:
     #: Cache seed of its tenant.
     seed: bytes
     priority: int
-    #: Number of the plan that brought it.
+    #: Grows with every request, on all ranks alike.
     arrival: int
     stop_text: StopText | None = None
     state: RequestState = RequestState.WAITING

@@ -164,16 +164,15 @@ class Prefetcher:
             if prefetch.op.epoch == epoch and prefetch.phase in RUNNING:
                 self._stop(prefetch)
 
-    def forget(self, rid: str) -> int:
-        """The request leaves the waiting queue for good.  Returns tokens that storage contributed, and where
-        its prefetch still runs, stops it: pages go back when the op closes."""
+    def forget(self, rid: str) -> None:
+        """The request leaves the waiting queue for good.  Where its prefetch still runs, stops it: pages go back
+        when the op closes."""
         prefetch = self._by_rid.pop(rid, None)
         if prefetch is None:
-            return 0
+            return
         self._occupied_pages -= len(prefetch.keys)
         if prefetch.phase in RUNNING:
             self._stop(prefetch)
-        return prefetch.published * self._page_size
 
     def span_tokens(self, rid: str) -> tuple[int, int]:
         """Token range [start, end) of the prompt that storage contributed so far."""

@@ -57,8 +57,6 @@ class Insertion:
     node: Node
     #: Pages of the request whose place in the tree was taken by other pages: the caller frees them.
     duplicates: list[int]
-    #: Nodes made by this insertion.
-    new_nodes: list[Node]
     #: Nodes from below the root to `node`.
     path: list[Node]
 
@@ -126,15 +124,13 @@ class PrefixTree(Residency):
                 node.priority = priority
         bottom = path[-1] if path else self.root
         self.touch(bottom, tick)
-        new_nodes: list[Node] = []
         if at < len(device_pages):
             leaf = self._add(bottom, seed, key[at * self._page_bytes :], tick, priority)
             self._gain_device(leaf, device_pages[at:])
             path.append(leaf)
-            new_nodes.append(leaf)
             bottom = leaf
         self._digest.mix(_DIGEST_INSERT, bottom.id, at, len(device_pages), priority)
-        return Insertion(bottom, duplicates, new_nodes, path)
+        return Insertion(bottom, duplicates, path)
 
     def insert_host(
         self, seed: bytes, key: bytes, start_page: int, host_pages: list[int], tick: int, priority: int = 0
