@@ -10,6 +10,7 @@ from sglang_hicache import wire
 from sglang_hicache.cache.pools import HostPool
 from sglang_hicache.errors import ProtocolError
 from sglang_hicache.heartbeat import Heartbeat
+from sglang_hicache.observe import without_secrets
 from sglang_hicache.scheduler.core import SchedulerCore
 from sglang_hicache.scheduler.loop import TickLoop
 from sglang_hicache.scheduler.mailbox import LeaderMailbox
@@ -139,3 +140,12 @@ def test_a_tokenizer_that_does_not_read_stops_the_rank(one_rank):
             rank.to_rank.send(wire.QueryStatus(id=str(number)))
         with pytest.raises(ProtocolError, match="stopped reading"):
             rank.loop.run_blocking()
+
+
+def test_secrets_of_an_attach_are_known_to_the_rank_before_anything_else(one_rank):
+    """Also of one that is refused: the refusal, and every later line of the log, must not repeat them."""
+    config = '{"nested": {"password": "only-the-attach-knows"}}'
+    attach = wire.AttachStorage(id="a", deadline_s=1.0, backend="nobody", extra_config_json=config)
+    with contextlib.ExitStack() as stack:
+        Rank(one_rank, stack, SyntheticWorker()).run(attach, SHUTDOWN)
+    assert without_secrets("it was only-the-attach-knows") == "it was ***"
