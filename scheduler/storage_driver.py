@@ -202,7 +202,9 @@ class StorageDriver:
             log.error("the storage process has ended by itself: %s", how, extra={"epoch": epoch})
             self._tell("lost", epoch, f"the storage process has ended by itself ({how})")
         else:
-            log.info("the storage process is gone: %s, %s", process.told, how, extra={"epoch": epoch})
+            # Told to stop, it closes its backend and exits with 0: anything else is an end that nobody asked for.
+            level = logging.WARNING if process.told == "stopped" and status else logging.INFO
+            log.log(level, "the storage process is gone: %s, %s", process.told, how, extra={"epoch": epoch})
         self._tell("reaped", epoch)
         if not process.late_io:
             self._tell("quiet", epoch)

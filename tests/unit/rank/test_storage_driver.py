@@ -82,6 +82,17 @@ def test_a_store_that_fails_says_why_once_in_the_log_and_always_in_the_status(st
     assert storage.driver.failure(1) == "", "the next attachment starts clean"
 
 
+@pytest.mark.parametrize(("status", "level"), [(0, "INFO"), (-9, "WARNING"), (1, "WARNING")])
+def test_a_stop_that_ends_otherwise_than_by_exit_0_is_a_warning(storage, caplog, status, level):
+    """A backend that crashes while it closes: the detach succeeds, and the log must not call it an ordinary end."""
+    caplog.set_level("INFO")
+    client = spawn(storage)
+    storage.driver.carry_out(Stop(1), now_us=0)
+    client.status = status
+    assert kinds(facts(storage)) == ["reaped", "quiet"]
+    assert [record.levelname for record in caplog.records] == [level]
+
+
 def test_an_op_that_meets_a_full_socket_is_closed_at_zero(storage):
     spawn(storage).is_full = True
     storage.driver.send(1, READ)
