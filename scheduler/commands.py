@@ -13,12 +13,11 @@ from collections.abc import Callable
 
 from sglang_hicache import wire
 from sglang_hicache.cache.tiers import Tiers
+from sglang_hicache.config import PREFETCH_POLICIES, WRITE_POLICIES
 from sglang_hicache.errors import UserError
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.attachment_events import Answer, Attach, Cleared, Detach, State, Verdict
 
-PREFETCH_POLICIES = ("best_effort", "wait_complete", "timeout")
-WRITE_POLICIES = ("write_back", "write_through", "write_through_selective")
 NOT_HIERARCHICAL = "Hierarchical cache is not enabled: restart with --enable-hierarchical-cache."
 
 

@@ -97,7 +97,6 @@ class LeaderMailbox:
     def applied(self, plan: wire.TickPlan) -> None:
         """Keep the digest for the followers' reports."""
         self._leader.applied(self._core.digest)
-        self._leader.check_followers()
 
     def wake_at_us(self) -> int | None:
         """The next deadline; none while a follower must catch up first, since its report wakes the loop."""

@@ -25,9 +25,6 @@ from sglang_hicache.storage.attachment_events import State
 
 log = logging.getLogger(__name__)
 
-#: A follower that is this many plans behind is dead: each plan it lacks is memory here and a client waiting.
-MAX_UNACKNOWLEDGED = 64
-
 
 class Ledger:
     """What each rank said, until all have."""
@@ -163,12 +160,6 @@ class Leader:
         self._applied[0] = self._number
         if self._ranks > 1 and self._config.scheduler.check_digests:
             self._digests[self._number] = digest
-
-    def check_followers(self) -> None:
-        """Raise if a follower has stopped acknowledging."""
-        for rank, applied in enumerate(self._applied):
-            if self._number - applied > MAX_UNACKNOWLEDGED:
-                raise IntegrityError(f"rank {rank} is dead: it acknowledged plan {applied} of {self._number}")
 
     # -------------------------------------------------------------------------------------------- plans
 

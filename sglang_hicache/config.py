@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import msgspec
 
+#: When pages are copied from the device to the host.
+WRITE_POLICIES = ("write_back", "write_through", "write_through_selective")
+#: How long a waiting request waits for its prefetch.
+PREFETCH_POLICIES = ("best_effort", "wait_complete", "timeout")
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A frozen configuration record."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from sglang_hicache.config import PREFETCH_POLICIES, WRITE_POLICIES
 from sglang_hicache.errors import UserError
 
 BUILTIN_MODEL_PATH = str(Path(__file__).parent / "builtin_model")
@@ -117,7 +118,7 @@ def _hicache(parser: argparse.ArgumentParser) -> None:
     add("--hicache-host-memory-fraction", type=_share, default=0.8, metavar="SHARE",
         help="share of the available host memory that the default ratio may take (default: 0.8)")  # fmt: skip
     add("--hicache-write-policy", default="write_through",
-        choices=("write_back", "write_through", "write_through_selective"),
+        choices=WRITE_POLICIES,
         help="when a page is copied to the host (default: write_through)")  # fmt: skip
     add("--hicache-io-backend", default="kernel", choices=("kernel", "direct"),
         help="accepted for compatibility; both mean the one way in which pages are copied here")  # fmt: skip
@@ -133,7 +134,7 @@ def _storage(parser: argparse.ArgumentParser) -> None:
     add("--hicache-storage-backend", default="", metavar="NAME",
         help="file, memory; an unknown name is refused with those that are there")  # fmt: skip
     add("--hicache-storage-prefetch-policy", default="timeout",
-        choices=("best_effort", "wait_complete", "timeout"),
+        choices=PREFETCH_POLICIES,
         help="how long a request waits for its prefix from storage (default: timeout)")  # fmt: skip
     add("--hicache-storage-backend-extra-config", metavar="JSON|@FILE",
         help="settings of the backend: one JSON object, or @file.json, .toml, .yaml")  # fmt: skip

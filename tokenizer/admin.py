@@ -16,6 +16,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from sglang_hicache.config import PREFETCH_POLICIES, WRITE_POLICIES
 from sglang_hicache.errors import UserError
 from sglang_hicache.extra_config import extra_config_json
 from sglang_hicache.observe import learn_secrets, redacted, without_secrets
@@ -29,8 +30,6 @@ from sglang_hicache.wire import AttachStorage, ClearStorage, DetachStorage, Flus
 
 log = logging.getLogger(__name__)
 
-WRITE_POLICIES = ("write_back", "write_through", "write_through_selective")
-PREFETCH_POLICIES = ("best_effort", "wait_complete", "timeout")
 
 #: A flush takes effect in the next tick, but the tick under way may hold a long prefill.
 FLUSH_DEADLINE_S = 10.0

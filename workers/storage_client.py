@@ -38,12 +38,12 @@ class StorageClient:
     def __init__(self, open: wire.OpenBackend, host_fd: int, run_dir: str) -> None:
         self._open = open
         to_name, from_name = socket_names(open.rank, open.epoch)
-        self._to_address = ipc_address(run_dir, to_name)
+        self._addresses = [ipc_address(run_dir, name) for name in (to_name, from_name)]
         #: Made when the process says that it is open: by then it has bound its end, so that no message can be lost.
         self._push: Push | None = None
         bootstrap = Bootstrap(open=open, host_fd=host_fd, run_dir=run_dir, parent_pid=os.getpid())
         reader, self._lifeline = _filled_pipe(msgspec.msgpack.encode(bootstrap))
-        self._pull = Pull(ipc_address(run_dir, from_name), wire.FromStorage, bind=True)
+        self._pull = Pull(self._addresses[1], wire.FromStorage, bind=True)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", _MODULE, "rank", str(open.rank), open.backend],
@@ -80,7 +80,7 @@ class StorageClient:
         """What the process has said since the last call."""
         messages = self._pull.receive_all()
         if self._push is None and any(isinstance(message, wire.BackendOpened) for message in messages):
-            self._push = Push(self._to_address, wire.ToStorage, bind=False, high_water=_HIGH_WATER)
+            self._push = Push(self._addresses[0], wire.ToStorage, bind=False, high_water=_HIGH_WATER)
         return messages
 
     def stop(self) -> None:
@@ -119,7 +119,8 @@ class StorageClient:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
-        Path(self._to_address.removeprefix("ipc://")).unlink(missing_ok=True)
+        for address in self._addresses:  # or each attachment would leave two files in the folder of the run
+            Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
 
     def _release(self) -> None:
         if self._lifeline >= 0:

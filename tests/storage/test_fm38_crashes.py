@@ -6,6 +6,7 @@ The writers here are forked processes that are really killed; the folder they le
 from __future__ import annotations
 
 import os
+import select
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -119,13 +120,14 @@ def test_fm38_page_with_a_hole_of_zeros_is_a_miss(open_backend: Open, root: Path
 
 def test_fm38_two_processes_write_one_page_while_a_third_reads(open_backend: Open, root: Path) -> None:
     """Each writer has bytes of its own, so a mixture of both would show."""
-    size, rounds = 600_000, 25
+    size, enough_hits = 600_000, 3
+    seen, tell = os.pipe()  # readable for the writers once the reader has met enough pages
     backend = open_backend("file", {"file_storage_path": str(root)})
 
     def work(seed: int) -> None:
         own = pages.backend("file", {"file_storage_path": str(root)}, rank=seed)
         own.open_blocking()
-        for _ in range(rounds):
+        while not select.select([seen], [], [], 0)[0]:
             _write(own, seed, size)
             own.delete_blocking([pages.layout(size=size).name(pages.key(1))])
         own.close_blocking()
@@ -140,12 +142,16 @@ def test_fm38_two_processes_write_one_page_while_a_third_reads(open_backend: Ope
         if result.pages:
             hits += 1
             assert target in allowed
+            if hits == enough_hits:
+                os.write(tell, b"x")
         for child in list(writers):
             pid, status = os.waitpid(child, os.WNOHANG)
             if pid:
                 assert os.waitstatus_to_exitcode(status) == 0
                 writers.remove(child)
-    assert hits
+    assert hits >= enough_hits
+    os.close(seen)
+    os.close(tell)
 
 
 def test_sweeping_takes_what_killed_writers_left(open_backend: Open, root: Path) -> None:
