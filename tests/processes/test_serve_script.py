@@ -101,6 +101,7 @@ def test_one_ctrl_c_in_a_terminal_is_one_stop(tmp_path: Path) -> None:
     process, terminal = pty.fork()
     if process == 0:
         environment = {**os.environ, "XDG_STATE_HOME": str(state), "HOME": str(state)}
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job of a shell ignores it, and bash keeps that
         os.execve(ROOT / "scripts" / "serve", ["serve", "--free-port"], environment)
     output, pressed = b"", False
     while chunk := _read(terminal):
