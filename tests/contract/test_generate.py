@@ -103,7 +103,7 @@ def test_the_log_tells_of_each_request_with_its_id(server: FakeServer, caplog: p
     ]
     with caplog.at_level("INFO", logger="sglang_hicache.tokenizer.manager"):
         post(server, text="abc", rid="my request")
-    (record,) = caplog.records
+    (record,) = [record for record in caplog.records if record.name == "sglang_hicache.tokenizer.manager"]
     assert vars(record)["rid"] == "my request", "as the client chose it"
     told = record.getMessage()
     assert told.startswith("request ended (length): 3 prompt tokens (device 64, host 0, storage 128), 1 new, ")
