@@ -13,6 +13,7 @@ import re
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
@@ -165,7 +166,7 @@ def _one_line(text: str) -> str:
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
-class _Formatter(logging.Formatter):
+class _Formatter(logging.Formatter, ABC):
     """Common to both forms: who speaks, the ids, and the redaction of everything that a caller chose."""
 
     def __init__(self, speaker: str, redact: Redaction) -> None:
@@ -181,8 +182,9 @@ class _Formatter(logging.Formatter):
     def _id(self, value: Any) -> Any:
         return self._redact(value) if isinstance(value, str) else value
 
+    @abstractmethod
     def line(self, record: logging.LogRecord, message: str, trace: str, ids: dict[str, Any]) -> str:
-        raise NotImplementedError
+        """The text of one record, all of its parts redacted."""
 
 
 class TextFormatter(_Formatter):

@@ -64,6 +64,17 @@ class CachedTokens(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     storage_backend: str = ""
 
 
+class Histogram(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Observations by size, as Prometheus counts them."""
+
+    #: Upper bounds, rising; one more bucket, without a bound, follows the last.
+    bounds: tuple[float, ...]
+    #: Observations of each bucket alone; one more than there are bounds.
+    counts: tuple[int, ...]
+    #: Sum of all observations.
+    total: float = 0.0
+
+
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """What one tick produced for one request."""
 
@@ -190,6 +201,14 @@ class StatusAnswer(Message):
     backend_info: dict[str, str] = {}
     #: Counters of the slot (pages written, read, corrupt ...), in pages unless the name says otherwise.
     counters: dict[str, int] = {}
+    #: Tokens that were to be stored and are not, by reason (`cache/loss.py`).
+    lost_tokens: dict[str, int] = {}
+    #: Sentences: why nothing is being written, or fetched, just now.
+    why: list[str] = []
+    #: Counters of the backend itself, as its process last told them.
+    backend_stats: dict[str, int] = {}
+    #: By metric name, without the prefix.
+    histograms: dict[str, Histogram] = {}
     #: Free, used and total pages of each pool; running and waiting requests.
     load: dict[str, int] = {}
     #: Extra config of the attachment as JSON, "" when detached.  May hold secrets: the desk redacts before it answers.
@@ -210,6 +229,8 @@ class OpOutcome(msgspec.Struct, frozen=True, array_like=True):
     pages: int
     #: Every rank said "I will not touch this op again": slots and locks may go.
     closed: bool
+    #: Why `pages` is short, of the lowest rank that stopped there: "" or a code such as "io" or "no_space".
+    reason: str = ""
 
 
 StorageEvent = Literal["commit", "open_failed", "lost", "deadline", "reaped", "reap_timeout", "quiet"]
@@ -254,6 +275,8 @@ class OpFact(msgspec.Struct, frozen=True, array_like=True):
     pages: int
     settled: bool
     closed: bool
+    #: "" or the code before the colon of `OpProgress.reason`.
+    reason: str = ""
 
 
 StorageFactKind = Literal["opened", "open_failed", "lost", "reaped", "reap_timeout", "quiet"]
@@ -336,6 +359,8 @@ class WritePages(Message):
     host_pages: list[int]
     parent: bytes
     depth: int
+    #: Seed of the tenant's hash chain, b"" without extra_key and cache_salt: goes into the header of every page.
+    tenant: bytes = b""
 
 
 class RevokeOp(Message):
