@@ -21,7 +21,6 @@ from sglang_hicache import wire
 from sglang_hicache.cache.check import check_pools, check_tree, check_unlocked
 from sglang_hicache.cache.controller import Copy
 from sglang_hicache.cache.digest import StateDigest
-from sglang_hicache.cache.op import COPIES
 from sglang_hicache.cache.page import namespace_seed
 from sglang_hicache.cache.tiers import Tiers
 from sglang_hicache.config import ServerConfig
@@ -31,6 +30,7 @@ from sglang_hicache.scheduler.commands import Commands
 from sglang_hicache.scheduler.pages import RequestPages
 from sglang_hicache.scheduler.request import Request, RequestState, StopText
 from sglang_hicache.scheduler.results import Results
+from sglang_hicache.scheduler.status import RankStatus
 from sglang_hicache.scheduler.waiting import WaitingQueue
 from sglang_hicache.storage.attachment_events import Kill, Spawn, Stop
 from sglang_hicache.workers.batch import ForwardBatch
@@ -67,7 +67,6 @@ class SchedulerCore:
         make_stop_text: Callable[[wire.SamplingParams, Sequence[int]], StopText | None] = no_stop_text,
     ) -> None:
         self._config = config
-        self._rank = rank
         self._make_stop_text = make_stop_text
         self._digest = StateDigest()
         #: Longest sequence that can ever be computed here, in tokens.
@@ -80,7 +79,8 @@ class SchedulerCore:
         )
         self.admission = Admission(config, self.waiting, self._pages, self.tiers.prefetcher, self.tiers.slot)
         self._results = Results(config.model, self.admission, self._pages, self.longest_tokens)
-        self.commands = Commands(rank, self.tiers, self._load, config.cache.hierarchical)
+        self.status = RankStatus(rank, self.tiers, self.waiting, self.admission)
+        self.commands = Commands(rank, self.tiers, self.status.requests, config.cache.hierarchical)
         self._requests: dict[str, Request] = {}
         self._shares: list[Share] = []
 
@@ -194,34 +194,6 @@ class SchedulerCore:
         """When the leader's clock changes something by itself."""
         known = (self.tiers.next_deadline_us(), self.commands.next_deadline_us())
         return min((deadline for deadline in known if deadline is not None), default=None)
-
-    def _load(self) -> dict[str, int]:
-        """Requests by stage; health probes are nobody's load."""
-        running = [r for r in self.admission.running if not r.is_probe]
-        return {
-            "queue-req": sum(not r.is_probe for r in self.waiting),
-            "running-req": len(running),
-            "chunked-req": sum(r.state is RequestState.EXTENDING for r in running),
-        }
-
-    def status(self, query_id: str) -> wire.StatusAnswer:
-        """This rank's storage slot and load."""
-        tiers, slot = self.tiers, self.tiers.slot
-        controller = tiers.controller
-        in_flight = {k: n for k, n in tiers.ops.counts().items() if k in ("lookup", "read", "write")}
-        counters = {f"prefetch_{k}_tokens": n for k, n in tiers.prefetcher.counters.items()}
-        counters |= {f"backup_{k}_tokens": n for k, n in tiers.backup.counters.items()}
-        counters |= {f"cache_{k}_tokens": n for k, n in controller.counters.items()}
-        load = self._load() | {"copy-ops": sum(tiers.ops.count(kind) for kind in COPIES)}
-        for pool in (controller.device, controller.host):
-            if pool is not None:
-                load |= {f"{pool.name}_pages_free": pool.free_count, f"{pool.name}_pages": pool.total}
-        return wire.StatusAnswer(
-            id=query_id, rank=self._rank, state=slot.face().value, epoch=slot.epoch, backend=slot.backend,
-            in_flight=in_flight, queued_backups=len(tiers.backup), quarantined_pages=tiers.quarantine.pages,
-            extra_config_json=slot.extra_config_json, last_error=slot.last_error,
-            prefetch_policy=tiers.prefetcher.policy, write_policy=controller.write_policy, counters=counters, load=load,
-        )
 
     def check(self) -> None:
         """Every page has exactly one owner: free list, tree, request, op or quarantine.  Raises IntegrityError."""

@@ -89,7 +89,7 @@ class TickLoop:
         self._driver.copies_finished(finished)
 
     def _status(self, query_id: str) -> wire.StatusAnswer:
-        status = self._core.status(query_id)
+        status = self._core.status.answer(query_id)
         counters = status.counters | self._driver.counters.snapshot()
         info = self._driver.info(status.epoch)
         error = status.last_error or self._driver.failure(status.epoch)

@@ -232,7 +232,10 @@ def _rank(rank: int, answer: StatusAnswer | None) -> dict[str, Any]:
         "quarantined_pages": answer.quarantined_pages,
         "last_error": without_secrets(answer.last_error) or None,
         "backend_info": redacted(answer.backend_info),
+        "why": answer.why,
+        "lost_tokens": answer.lost_tokens,
         "counters": answer.counters,
+        "backend_stats": answer.backend_stats,
         "load": answer.load,
     }
 
