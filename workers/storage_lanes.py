@@ -154,10 +154,12 @@ class WriteOp(TransferOp):
         super().__init__(store, message.op_id, message.keys, pool, message.host_pages)
         self._parent = message.parent
         self._depth = message.depth
+        self._tenant = message.tenant
 
     def step_blocking(self) -> None:
         keys, payloads, previous = self._batch()
-        result = self._store.write_blocking(keys, payloads, previous or self._parent, self._depth + self._pages)
+        parent, depth = previous or self._parent, self._depth + self._pages
+        result = self._store.write_blocking(keys, payloads, parent, depth, self._tenant)
         self._reason = result.reason
         self._advance(result.pages, len(keys))
 
@@ -253,22 +255,38 @@ class Lane:
     def _serve(self) -> None:
         """The lane's thread."""
         while (op := self._next_blocking()) is not None:
-            self._guarded_blocking(op, op.step_blocking)
-            with self._changed:
-                self._running = None
-                is_revoked = op.op_id in self._revoked
-                self._revoked.discard(op.op_id)
-                if op.is_settled:
-                    self._remove(op)
-                    self._report_op(op)
-                elif is_revoked:
-                    self._end(op, "revoked")
-                else:
-                    self._report_op(op)
-            if op.is_settled:
-                self._guarded_blocking(op, op.after_blocking)
+            self._step_blocking(op)
         self.has_ended = True
         self._on_end()
+
+    def _step_blocking(self, op: Op) -> None:
+        """One batch of an op, and what it leads to."""
+        self._guarded_blocking(op, op.step_blocking)
+        with self._changed:
+            self._running = None
+            is_revoked = op.op_id in self._revoked
+            self._revoked.discard(op.op_id)
+            if op.is_settled:
+                self._remove(op)
+                self._report_op(op)
+            elif is_revoked:
+                self._end(op, "revoked")
+            else:
+                self._report_op(op)
+        if op.is_settled:
+            self._guarded_blocking(op, op.after_blocking)
+
+    def step_blocking(self) -> bool:
+        """The next batch, on the caller's thread, in a lane that was not started; False if nothing waits.
+
+        For worlds that are played step by step, in which a thread of its own would choose the moment.
+        """
+        if not self._ops:
+            return False
+        op = self._next_blocking()
+        if op is not None:
+            self._step_blocking(op)
+        return op is not None
 
     def _next_blocking(self) -> Op | None:
         """The op whose batch is next: a look-up if one waits, else the oldest; None when the lane was stopped."""

@@ -2,7 +2,7 @@
 
 A backend runs in the storage process of a rank.  Two lane threads call it, at most one call per lane at a time:
 
-    prefetch lane   exists, read, touch, and delete (of a page that turned out to be corrupt)
+    prefetch lane   exists, read, touch, and set_aside (of a page that turned out to be corrupt)
     backup lane     write, delete, clear
 
 so any two of these may run at once, and open, stats and close come from the main thread.  Whatever blocks says so in
@@ -88,6 +88,11 @@ class StorageBackend(ABC):
     @abstractmethod
     def delete_blocking(self, names: Sequence[PageName]) -> int:
         """Remove these pages; how many were there."""
+
+    def set_aside_blocking(self, name: PageName) -> bool:
+        """Move a bad page out of every reader's way; False if it is gone already.  A store that keeps it for whoever
+        looks into the damage bounds what it keeps."""
+        return self.delete_blocking([name]) == 1
 
     @abstractmethod
     def clear_blocking(self, namespace: str) -> int:

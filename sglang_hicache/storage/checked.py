@@ -2,7 +2,7 @@
 
 One object per lane thread of a storage process, all over the same backend.  It turns whatever a backend returns into
 numbers that hold: `pages` counts whole, verified pages from the first one on.  A backend that answers None, too little
-or nonsense has failed the call (`StorageError`, reason "contract"), and a page that is corrupt is deleted, so that its
+or nonsense has failed the call (`StorageError`, reason "contract"), and a page that is corrupt is set aside, so that its
 name can be written again.  It keeps no thread, clock or socket of its own.
 """
 
@@ -75,12 +75,18 @@ class CheckedStore:
         return BatchResult(whole, corrupt, reason)
 
     def write_blocking(
-        self, keys: Sequence[bytes], payloads: Sequence[memoryview], parent: bytes, depth: int
+        self,
+        keys: Sequence[bytes],
+        payloads: Sequence[memoryview],
+        parent: bytes,
+        depth: int,
+        tenant: bytes = b"",
     ) -> BatchResult:
-        """Write pages in order; the first one is `depth` pages from the root and its parent is `parent`."""
+        """Write pages in order; the first one is `depth` pages from the root and its parent is `parent`.  `tenant` is
+        the seed of their hash chain, b"" for nobody's."""
         parents = [parent, *keys]
         pages = [
-            OutgoingPage(self._layout, key, payload, parents[index], depth + index)
+            OutgoingPage(self._layout, key, payload, parents[index], depth + index, tenant)
             for index, (key, payload) in enumerate(zip(keys, payloads, strict=True))
         ]
         good = (PageResult.WRITTEN, PageResult.PRESENT)
@@ -146,12 +152,12 @@ class CheckedStore:
         return done, stopped
 
     def _remove(self, page: IncomingPage, wrong: str) -> None:
-        """Take a bad page out of the store: left there it would be found, read and refused for ever."""
-        _logger.warning("page %s is corrupt (%s); it is deleted", page.name, wrong)
+        """Take a bad page out of every reader's way: left there it would be found, read and refused for ever."""
+        _logger.warning("page %s is corrupt (%s); it is set aside", page.name, wrong)
         try:
-            self._backend.delete_blocking([page.name])
+            self._backend.set_aside_blocking(page.name)
         except StorageError as error:
-            _logger.warning("corrupt page %s cannot be deleted: %s", page.name, error)
+            _logger.warning("corrupt page %s cannot be set aside: %s", page.name, error)
 
 
 def _call(name: str, call: Callable[[Sequence[_Page]], list[PageOutcome]], pages: Sequence[_Page]) -> list[PageOutcome]:

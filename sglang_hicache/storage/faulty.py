@@ -5,10 +5,16 @@ the number of the call or page, never by time or chance.  Kinds, by what they hi
 
     any call    error, no_space   StorageError             exception     an error that is none of ours
                 none, short_list, wrong_type               answers against the contract
+                slow   takes `delay_ms` longer             twice   is made twice, and the second answer counts
                 hold   waits at a `Gate` until let through      hang   never returns      crash   the process dies
-    read        flip   one bit differs       short   an object of another size       disappear   gone before the read
-    write       flip   one bit differs from what the header says
-    exists      stale  says that all pages are there
+    read        flip   one bit differs from what is stored
+                short  an object of another size; with `at`: filled up to there, and called whole all the same
+                disappear   gone before the read           duplicate   the page read before it, under this name
+    write       flip   one bit is stored wrong             short   cut at `at`, or in the middle, and called written
+                disappear   called written, and is not     duplicate   the page written before it, under this name
+    exists      stale  says that all pages are there       disappear   says that none is
+
+Error and no_space hit single pages of a read or write, and whole calls of any other kind.
 
 Threads: as any backend.  A held call holds only its own lane.
 """
@@ -20,7 +26,7 @@ import select
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +34,10 @@ import xxhash
 
 from sglang_hicache.errors import StorageError
 from sglang_hicache.storage.backend import Capabilities, PageOutcome, PageResult, StorageBackend
-from sglang_hicache.storage.page_format import IncomingPage, OutgoingPage, PageName
+from sglang_hicache.storage.page_format import HEADER_BYTES, IncomingPage, OutgoingPage, PageName
 from sglang_hicache.storage.settings import Fault, FaultySettings
 
-_PAGE_KINDS = ("error", "no_space", "flip", "short", "disappear")
+_PAGE_KINDS = ("error", "no_space", "flip", "short", "disappear", "duplicate")
 
 
 class SabotageError(RuntimeError):
@@ -82,6 +88,22 @@ class Gate:
             os.close(go)
 
 
+class _Forged:
+    """Bytes under a page's name: what a backend uses of an `OutgoingPage`, with other content."""
+
+    def __init__(self, name: PageName, stored: bytes | bytearray) -> None:
+        self.name = name
+        self.payload = memoryview(stored)[HEADER_BYTES:]
+        self.size_bytes = len(stored)
+        self._header = bytes(stored[:HEADER_BYTES])
+
+    def header(self) -> bytes:
+        return self._header
+
+    def chunks(self) -> Iterator[tuple[int, memoryview]]:
+        yield 0, self.payload
+
+
 class FaultyBackend(StorageBackend):
     """Another backend, sabotaged."""
 
@@ -90,6 +112,8 @@ class FaultyBackend(StorageBackend):
         self._faults = dict(settings.faults)
         self._numbers: Counter[str] = Counter()
         self._hits: Counter[str] = Counter()
+        #: By call, the whole object that was read or written last: what "duplicate" puts under another name.
+        self._last: dict[str, bytes] = {}
         self.capabilities = Capabilities(
             late_io=settings.late_io or inner.capabilities.late_io, durable=inner.capabilities.durable
         )
@@ -98,10 +122,7 @@ class FaultyBackend(StorageBackend):
         self._sabotaged("open", self._inner.open_blocking)
 
     def exists_blocking(self, names: Sequence[PageName]) -> int:
-        fault = self._faults.get("exists")
-        if fault is not None and fault.kind == "stale" and self._strikes("exists", fault):
-            return len(names)
-        return self._sabotaged("exists", lambda: self._inner.exists_blocking(names))
+        return self._sabotaged("exists", lambda: self._inner.exists_blocking(names), len(names))
 
     def read_blocking(self, pages: Sequence[IncomingPage]) -> list[PageOutcome]:
         if self._hits_pages("read"):
@@ -120,7 +141,7 @@ class FaultyBackend(StorageBackend):
         return self._sabotaged("clear", lambda: self._inner.clear_blocking(namespace))
 
     def touch_blocking(self, names: Sequence[PageName]) -> None:
-        self._inner.touch_blocking(names)
+        self._sabotaged("touch", lambda: self._inner.touch_blocking(names))
 
     def info(self) -> dict[str, str]:
         return self._inner.info() | {"sabotaged": ",".join(self._faults)}
@@ -135,33 +156,41 @@ class FaultyBackend(StorageBackend):
         fault = self._faults.get(call)
         return fault is not None and fault.kind in _PAGE_KINDS
 
-    def _strikes(self, call: str, fault: Fault) -> bool:
-        """Counts the call or page, and says whether the fault hits it."""
+    def _struck(self, call: str, fault: Fault) -> int | None:
+        """Counts the call or page; its number if the fault hits it."""
         number = self._numbers[call]
         self._numbers[call] += 1
         if number < fault.first or (fault.count is not None and number >= fault.first + fault.count):
-            return False
+            return None
         if xxhash.xxh3_64_intdigest(f"{call} {number}".encode()) >= fault.share * 2**64:
-            return False
+            return None
         self._hits[call] += 1
-        return True
+        return number
 
-    def _sabotaged(self, name: str, call: Callable[[], Any]) -> Any:
-        """A whole call, with what goes wrong before or after it."""
+    def _sabotaged(self, name: str, call: Callable[[], Any], asked: int = 0) -> Any:
+        """A whole call, with what goes wrong before or after it; `asked`: what `exists` was asked for."""
         fault = self._faults.get(name)
-        if fault is None or not self._strikes(name, fault):
+        if fault is None or self._struck(name, fault) is None:
             return call()
         match fault.kind:
             case "error" | "no_space":
                 raise _error(fault, name)
             case "exception":
                 raise SabotageError(f"sabotaged {name}")
+            case "slow":
+                threading.Event().wait(fault.delay_ms / 1000)
+            case "twice":
+                call()
             case "hold":
                 Gate.pass_blocking(fault.gate)
             case "hang":
                 threading.Event().wait()
             case "crash":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "stale":
+                return asked
+            case "disappear":
+                return 0
         answer = call()
         match fault.kind:
             case "none":
@@ -174,35 +203,62 @@ class FaultyBackend(StorageBackend):
 
     def _read(self, page: IncomingPage) -> PageOutcome:
         fault = self._faults["read"]
-        if not self._strikes("read", fault):
-            return _only(self._inner.read_blocking([page]))
-        if fault.kind in ("error", "no_space"):
+        number = self._struck("read", fault)
+        if number is not None and fault.kind in ("error", "no_space"):
             return _error(fault, "read")
-        if fault.kind == "disappear":
+        if number is not None and fault.kind == "disappear":
             self._inner.delete_blocking([page.name])
+        before = bytes(HEADER_BYTES) + page.payload
         outcome = _only(self._inner.read_blocking([page]))
         if outcome is not PageResult.HIT:
             return outcome
-        if fault.kind == "short":
-            return PageResult.WRONG_SIZE
-        if fault.kind == "flip":
-            # What the inner backend let the page hash is older than the damage.
-            page.restart()
-            page.payload[len(page.payload) // 2] ^= 0x10
+        whole = page.header + page.payload
+        last = self._last.get("read", whole)
+        self._last["read"] = bytes(whole)
+        if number is None:
+            return outcome
+        match fault.kind:
+            case "short" if fault.at is None:
+                return PageResult.WRONG_SIZE
+            case "short":
+                whole[fault.at :] = before[fault.at :]
+            case "flip":
+                _flip(whole, fault, number)
+            case "duplicate" if len(last) == len(whole):
+                whole[:] = last
+        # What the inner backend let the page hash is older than the damage.
+        page.restart()
+        page.header[:], page.payload[:] = whole[:HEADER_BYTES], whole[HEADER_BYTES:]
         return outcome
 
     def _write(self, page: OutgoingPage) -> PageOutcome:
         fault = self._faults["write"]
-        if not self._strikes("write", fault):
-            return _only(self._inner.write_blocking([page]))
-        if fault.kind in ("error", "no_space"):
+        number = self._struck("write", fault)
+        if number is not None and fault.kind in ("error", "no_space"):
             return _error(fault, "write")
-        page.header()
-        if fault.kind == "flip":
-            damaged = bytearray(page.payload)
-            damaged[len(damaged) // 2] ^= 0x10
-            page.payload = memoryview(damaged)
-        return _only(self._inner.write_blocking([page]))
+        payload = b"".join(chunk for _, chunk in page.chunks())
+        stored = bytearray(page.header() + payload)
+        last = self._last.get("write", stored)
+        self._last["write"] = bytes(stored)
+        if number is None:
+            return _only(self._inner.write_blocking([page]))
+        match fault.kind:
+            case "disappear":
+                return PageResult.WRITTEN
+            case "short":
+                del stored[len(stored) // 2 if fault.at is None else fault.at :]
+            case "flip":
+                _flip(stored, fault, number)
+            case "duplicate":
+                stored = last
+        return _only(self._inner.write_blocking([_Forged(page.name, stored)]))
+
+
+def _flip(stored: bytearray, fault: Fault, number: int) -> None:
+    """Change one bit of a stored object."""
+    spread = xxhash.xxh3_64_intdigest(f"bit {number}".encode())
+    at = spread // 8 % len(stored) if fault.at is None else min(fault.at, len(stored) - 1)
+    stored[at] ^= 1 << spread % 8
 
 
 def _only(outcomes: list[PageOutcome]) -> PageOutcome:

@@ -6,26 +6,29 @@ of its own (`preadv`, `pwritev`).  All numbers are little endian:
 
     offset  0  magic (8) · format version (2) · number of parts (2) · header size (4)
            16  namespace (32) · page key (32) · key of the parent page (32, zeros at the root)
-          112  depth in pages (4) · head_start (4) · head_end (4) · zeros (4) · payload size (8)
-          136  part table: up to 4 of name (16, zero padded) and size (8) · zeros (8)
-          240  checksum (16): xxh3-128 over the payload and then the first 240 bytes of the header
+          112  depth in pages (4) · head_start (4) · head_end (4) · key id (4, zero: not encrypted) · payload size (8)
+          136  part table: up to 4 of name (8, zero padded) and size (8)
+          200  tenant (12, start of its namespace seed, zeros: none)
+          212  nonce (12) · authentication tag (16), both zero if not encrypted
+          240  checksum (16): xxh3-128 over the payload as it is stored and then the first 240 bytes of the header
           256  payload
 
 A reader compares every field with what it expects, so that a file that was copied, renamed, or written by a server with
-another model or layout is a miss and never someone else's KV.
+another model or layout is a miss and never someone else's KV.  An encrypted payload is bound to the first 212 bytes of
+its header.  The checksum is over what is stored: damage is told apart from another key, and found without any key.
 """
 
 from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol
 
 import xxhash
 
 #: Goes up when a byte of a stored page changes its meaning.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 MAGIC = b"HICPAGE\n"
 HEADER_BYTES = 256
@@ -39,10 +42,16 @@ CHUNK_BYTES = 256 * 1024
 #: and smaller ones cost a tenth of the write speed.
 WRITE_CHUNK_BYTES = 1024 * 1024
 
-_HEADER = struct.Struct("<8sHHI32s32s32sIIIIQ96s8x16s")
-_PART = struct.Struct("<16sQ")
+_HEADER = struct.Struct("<8sHHI32s32s32sIIIIQ64s12s12s16s16s")
+_PART = struct.Struct("<8sQ")
 _MOST_PARTS = 4
+_PART_NAME_BYTES = 8
 _CHECKED_BYTES = HEADER_BYTES - 16
+
+#: What an encrypted payload is bound to: everything before the nonce.
+_BOUND_BYTES = 212
+_NONCE_BYTES, _TAG_BYTES = 12, 16
+_NOT_ENCRYPTED = bytes(_NONCE_BYTES + _TAG_BYTES)
 
 
 class PageName(NamedTuple):
@@ -75,6 +84,65 @@ class Verdict(enum.Enum):
     #: A header of ours that speaks of another page.
     OTHER_PAGE = "header of another page"
     CHECKSUM = "checksum"
+    #: The bytes are what somebody wrote, but nobody who has the key.
+    FORGED = "authentication tag"
+    #: A whole page of another encryption key, or plain where ours are encrypted, or the reverse: no damage.
+    OTHER_KEY = "other encryption key"
+
+
+class Cipher(Protocol):
+    """Encrypts payloads; see `encryption.py`."""
+
+    #: Tells keys apart without telling them; never 0.
+    key_id: int
+
+    def encrypt(self, payload: memoryview, bound: bytes, into: memoryview) -> tuple[bytes, bytes]:
+        """Encrypt and bind to `bound`; the nonce and the tag."""
+
+    def decrypt(self, payload: memoryview, bound: bytes, nonce: bytes, tag: bytes) -> bool:
+        """Decrypt in place; False if it is not what was encrypted, and then the payload is worthless."""
+
+
+class PageHeader(NamedTuple):
+    """What the header of a stored page says, true or not."""
+
+    #: 64 hex digits.
+    namespace: str
+    key: bytes
+    parent: bytes
+    depth: int
+    head_start: int
+    head_end: int
+    #: 0: not encrypted.
+    key_id: int
+    payload_bytes: int
+    #: 12 bytes.
+    tenant: bytes
+    checksum: bytes
+
+
+def parse_header(raw: bytes) -> PageHeader | None:
+    """The header at the start of an object; None if it is none of ours, or of another format version."""
+    if len(raw) < HEADER_BYTES:
+        return None
+    (
+        magic, version, _, header_bytes, namespace, key, parent, depth, head_start, head_end, key_id, payload_bytes, _,
+        tenant, _, _, checksum,
+    ) = _HEADER.unpack_from(raw)  # fmt: skip
+    if magic != MAGIC or version != FORMAT_VERSION or header_bytes != HEADER_BYTES:
+        return None
+    return PageHeader(
+        namespace.hex(), key, parent, depth, head_start, head_end, key_id, payload_bytes, tenant, checksum
+    )
+
+
+def is_whole(raw: bytes, payload: Iterable[bytes]) -> bool:
+    """Does the checksum in this header fit?  Needs to know neither the layout of the page nor its encryption key."""
+    hashed = xxhash.xxh3_128()
+    for piece in payload:
+        hashed.update(piece)
+    hashed.update(raw[:_CHECKED_BYTES])
+    return hashed.digest() == raw[_CHECKED_BYTES:HEADER_BYTES]
 
 
 class PageLayout:
@@ -85,6 +153,8 @@ class PageLayout:
     def __init__(self, namespace: str, head_start: int, head_end: int, parts: tuple[Part, ...]) -> None:
         if not 0 < len(parts) <= _MOST_PARTS:
             raise ValueError(f"{len(parts)} parts, a page has 1 to {_MOST_PARTS}")
+        if any(len(part.name) > _PART_NAME_BYTES for part in parts):
+            raise ValueError(f"a part of {parts} has a name of more than {_PART_NAME_BYTES} bytes")
         self.namespace = namespace
         self.namespace_bytes = bytes.fromhex(namespace)
         self.head_start = head_start
@@ -136,13 +206,25 @@ class _Page:
 class OutgoingPage(_Page):
     """A page to be written: the object is `header()` followed by `payload`."""
 
-    __slots__ = ("_depth", "_parent", "_sealed")
+    __slots__ = ("_depth", "_encrypted", "_key_id", "_parent", "_sealed", "_tenant")
 
-    def __init__(self, layout: PageLayout, key: bytes, payload: memoryview, parent: bytes, depth: int) -> None:
+    def __init__(
+        self, layout: PageLayout, key: bytes, payload: memoryview, parent: bytes, depth: int, tenant: bytes = b""
+    ) -> None:
         super().__init__(layout, key, payload)
         self._parent = parent or ROOT_PARENT
         self._depth = depth
+        self._tenant = tenant
+        self._key_id = 0
+        #: Nonce and tag.
+        self._encrypted = _NOT_ENCRYPTED
         self._sealed = b""
+
+    def encrypt(self, cipher: Cipher, into: memoryview) -> None:
+        """From now on the payload is the ciphertext, in `into`.  Before the first chunk, and once."""
+        self._key_id = cipher.key_id
+        self._encrypted = b"".join(cipher.encrypt(self.payload, self._checked_part()[:_BOUND_BYTES], into))
+        self.payload = into
 
     def chunks(self) -> Iterator[tuple[int, memoryview]]:
         """The payload in order, as (offset, bytes), each piece hashed just before it is handed out."""
@@ -154,15 +236,19 @@ class OutgoingPage(_Page):
     def header(self) -> bytes:
         """The header; hashes what `chunks` has not handed out yet.  Every call returns the same bytes."""
         if not self._sealed:
-            layout, name = self._layout, self.name
             self._hash_up_to(len(self.payload))
-            header = _HEADER.pack(
-                MAGIC, FORMAT_VERSION, layout.part_count, HEADER_BYTES, layout.namespace_bytes, name.key, self._parent,
-                self._depth, name.head_start, name.head_end, 0, layout.payload_bytes, layout.part_table, b"",
-            )[:_CHECKED_BYTES]  # fmt: skip
+            header = self._checked_part()
             self._hash.update(header)
             self._sealed = header + self._hash.digest()
         return self._sealed
+
+    def _checked_part(self) -> bytes:
+        layout, name, encrypted = self._layout, self.name, self._encrypted
+        return _HEADER.pack(
+            MAGIC, FORMAT_VERSION, layout.part_count, HEADER_BYTES, layout.namespace_bytes, name.key, self._parent,
+            self._depth, name.head_start, name.head_end, self._key_id, layout.payload_bytes, layout.part_table,
+            self._tenant, encrypted[:_NONCE_BYTES], encrypted[_NONCE_BYTES:], b"",
+        )[:_CHECKED_BYTES]  # fmt: skip
 
 
 class IncomingPage(_Page):
@@ -182,11 +268,12 @@ class IncomingPage(_Page):
         """A hint: payload[:end] is in place.  Hashing it now is cheaper than later; calling this is optional."""
         self._hash_up_to(end)
 
-    def judge(self) -> Verdict:
-        """Is this the page that was asked for, whole?  Call it once, when header and payload are in place."""
+    def judge(self, cipher: Cipher | None = None) -> Verdict:
+        """Is this the page that was asked for, whole?  Call it once, when header and payload are in place: then the
+        payload of a good page is decrypted."""
         (
             magic, version, part_count, header_bytes, namespace, key, self.parent, self.depth, head_start, head_end,
-            _, payload_bytes, part_table, checksum,
+            key_id, payload_bytes, part_table, _, nonce, tag, checksum,
         ) = _HEADER.unpack(self.header)  # fmt: skip
         layout, name = self._layout, self.name
         if magic != MAGIC or version != FORMAT_VERSION or header_bytes != HEADER_BYTES:
@@ -202,4 +289,10 @@ class IncomingPage(_Page):
             return Verdict.FOREIGN
         self._hash_up_to(payload_bytes)
         self._hash.update(self.header[:_CHECKED_BYTES])
-        return Verdict.GOOD if self._hash.digest() == checksum else Verdict.CHECKSUM
+        if self._hash.digest() != checksum:
+            return Verdict.CHECKSUM
+        if key_id != (cipher.key_id if cipher else 0):
+            return Verdict.OTHER_KEY
+        if cipher and not cipher.decrypt(self.payload, bytes(self.header[:_BOUND_BYTES]), nonce, tag):
+            return Verdict.FORGED
+        return Verdict.GOOD

@@ -48,10 +48,11 @@ def test_root_page_has_no_parent() -> None:
 def test_format_is_what_earlier_versions_wrote() -> None:
     """Stored pages outlive a version of this program: this fails when the format changes without a new version."""
     stored = _stored()
-    assert stored.startswith(MAGIC + b"\x01\x00\x01\x00\x00\x01\x00\x00")
+    assert stored.startswith(MAGIC + b"\x02\x00\x01\x00\x00\x01\x00\x00")
     assert stored[16:48].hex() == pages.NAMESPACE
-    assert stored[136:160] == b"kv".ljust(16, b"\0") + (64).to_bytes(8, "little")
-    assert stored[240:256].hex() == "b6e351e02bb88db77ad6e48f1d29378e"
+    assert stored[136:152] == b"kv".ljust(8, b"\0") + (64).to_bytes(8, "little")
+    assert stored[200:240] == bytes(40)
+    assert stored[240:256].hex() == "5bed77cc5ff66e79906adda5699e0ee4"
 
 
 def test_fm39_no_byte_of_a_page_can_change_unnoticed() -> None:
@@ -112,7 +113,7 @@ def test_fm31_page_of_somebody_else_is_refused(layout: PageLayout, key: bytes, v
 
 def test_other_versions_are_foreign() -> None:
     stored = bytearray(_stored())
-    stored[8] = 2
+    stored[8] = 1
     assert _judge(bytes(stored))[0] is Verdict.FOREIGN
 
 
