@@ -51,9 +51,19 @@ class FileSettings(BackendSettings, frozen=True, kw_only=True):
 
 
 FaultKind = Literal[
-    "error", "no_space", "exception", "short", "flip", "disappear", "stale", "hold", "hang", "crash", "none",
-    "short_list", "wrong_type",
+    "error", "no_space", "exception", "slow", "twice", "hold", "hang", "crash", "none", "short_list", "wrong_type",
+    "flip", "short", "disappear", "duplicate", "stale",
 ]  # fmt: skip
+FaultCall = Literal["open", "exists", "read", "write", "touch", "delete", "set_aside", "clear", "close"]
+
+#: Kinds that only some calls know; a fault that could never happen would make a test prove nothing.
+_CALLS_OF_KIND: dict[str, tuple[str, ...]] = {
+    "flip": ("read", "write"),
+    "short": ("read", "write"),
+    "duplicate": ("read", "write"),
+    "disappear": ("exists", "read", "write"),
+    "stale": ("exists",),
+}
 
 
 class Fault(BackendSettings, frozen=True, kw_only=True):
@@ -61,7 +71,7 @@ class Fault(BackendSettings, frozen=True, kw_only=True):
 
     #: What happens; see `faulty.py`.
     kind: FaultKind
-    #: Number of the first call (for "error", "short", "flip": page) that is hit, counted from 0 since open.
+    #: Number of the first call (for faults of single pages: page) that is hit, counted from 0 since open.
     first: int = 0
     #: How many are hit; null for all that follow.
     count: int | None = None
@@ -69,6 +79,11 @@ class Fault(BackendSettings, frozen=True, kw_only=True):
     share: float = 1.0
     #: Folder of a `Gate`, for "hold".
     gate: str = ""
+    #: Byte of the stored object, header included, at which "flip" and "short" strike; beyond its end the last one.
+    #: Null: any byte of it for "flip", spread by a hash of the page's number; for "short" see `faulty.py`.
+    at: int | None = None
+    #: How long "slow" takes, on top.
+    delay_ms: float = 0.0
 
 
 class FaultySettings(BackendSettings, frozen=True, kw_only=True):
@@ -78,10 +93,16 @@ class FaultySettings(BackendSettings, frozen=True, kw_only=True):
     inner: str
     #: Its extra config.
     inner_config: dict[str, Any] = {}
-    #: Call name (open, exists, read, write, delete, clear, close) to what goes wrong there.
-    faults: dict[Literal["open", "exists", "read", "write", "delete", "clear", "close"], Fault] = {}
+    #: Call name (open, exists, read, write, touch, delete, set_aside, clear, close) to what goes wrong there.
+    faults: dict[FaultCall, Fault] = {}
     #: Says of itself that hardware may write after its death.
     late_io: bool = False
+
+    def __post_init__(self) -> None:
+        for call, fault in self.faults.items():
+            calls = _CALLS_OF_KIND.get(fault.kind, (call,))
+            if call not in calls:
+                raise ValueError(f"fault {fault.kind!r} cannot strike {call!r}, only {', '.join(calls)}")
 
 
 def split_extra_config(text: str | None) -> tuple[PrefetchSettings, dict[str, Any]]:
