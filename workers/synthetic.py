@@ -75,7 +75,7 @@ class _HostMemory:
         if self._pool is None:
             self._contents[page] = content
         else:
-            self._pool.page(page)[:] = self._sealed(content)
+            self._pool.page(page)[:] = self.sealed(content)
 
     def read(self, page: int) -> PageContent:
         if self._pool is None:
@@ -86,11 +86,11 @@ class _HostMemory:
         data = bytes(self._pool.page(page))
         before, after = (data[start : start + _DIGEST_BYTES] for start in (_DIGEST_BYTES, 2 * _DIGEST_BYTES))
         content = PageContent(before, after, self._layout.page_size)
-        if data != self._sealed(content):
+        if data != self.sealed(content):
             raise IntegrityError(f"host page {page} holds wrong bytes: torn, unwritten, or of another rank or model")
         return content
 
-    def _sealed(self, content: PageContent) -> bytes:
+    def sealed(self, content: PageContent) -> bytes:
         """Seal, before, after, repeated to the end of the page."""
         unit = _digest(self._identity, content.before, content.after) + content.before + content.after
         size_bytes = self._layout.page_bytes
@@ -220,6 +220,13 @@ class SyntheticWorker:
             )
             sequence.append(self._choose(_chained(end, sequence[full:]), here))
         return sequence[len(tokens) :]
+
+    def reference_page(self, tokens: Sequence[int]) -> bytes:
+        """The host page that ends with these tokens, whole pages, computed from the tokens alone."""
+        size, before, after = self.layout.page_size, self._root, self._root
+        for start in range(0, len(tokens), size):
+            before, after = after, _chained(after, tokens[start : start + size])
+        return self._host.sealed(PageContent(before, after, size))
 
     # ---- forward
 
