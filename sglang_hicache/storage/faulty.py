@@ -26,7 +26,7 @@ import select
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,9 @@ class FaultyBackend(StorageBackend):
 
     def delete_blocking(self, names: Sequence[PageName]) -> int:
         return self._sabotaged("delete", lambda: self._inner.delete_blocking(names))
+
+    def set_aside_blocking(self, name: PageName) -> bool:
+        return self._sabotaged("set_aside", lambda: self._inner.set_aside_blocking(name))
 
     def clear_blocking(self, namespace: str) -> int:
         return self._sabotaged("clear", lambda: self._inner.clear_blocking(namespace))
