@@ -15,19 +15,18 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sglang_hicache.errors import StorageError
 from sglang_hicache.storage.backend import OpenContext, PageOutcome, PageResult, StorageBackend
 from sglang_hicache.storage.file_folder import TemporaryFolder, make_private, refuse_unsafe, storage_folder, sweep
+from sglang_hicache.storage.file_pages import READ_FLAGS, read_header, walk_blocking
 from sglang_hicache.storage.page_format import (
     CHUNK_BYTES,
     HEADER_BYTES,
-    MAGIC,
     WRITE_CHUNK_BYTES,
     IncomingPage,
     OutgoingPage,
@@ -54,12 +53,6 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 #: What the system says when a page's name belongs to a link, a folder, a pipe or a socket: no page, and in its way.
 _NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO)
-
-#: Without O_NONBLOCK a named pipe in a page's place would hold the lane for ever.
-_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-
-_FAN_OUT = re.compile(r"[0-9a-f]{2}")
-_PAGE_FILE = re.compile(r"[0-9a-f]{64}\.[0-9]+-[0-9]+\.page")
 
 
 class FileBackend(StorageBackend):
@@ -122,7 +115,8 @@ class FileBackend(StorageBackend):
 
     def clear_blocking(self, namespace: str) -> int:
         try:
-            removed = sum(_unlink(path) for path in self._own_pages(namespace))
+            found = walk_blocking(self._root, namespace)
+            removed = sum(_unlink(page.path) for page in found if read_header(page.path) is not None)
         except OSError as error:
             raise _fault("cannot clear", error) from error
         return removed
@@ -164,7 +158,7 @@ class FileBackend(StorageBackend):
 
     def _read(self, page: IncomingPage) -> PageOutcome:
         try:
-            descriptor = os.open(self._path(page.name), _READ_FLAGS)
+            descriptor = os.open(self._path(page.name), READ_FLAGS)
         except FileNotFoundError:
             return PageResult.MISS
         except OSError as error:
@@ -219,17 +213,6 @@ class FileBackend(StorageBackend):
         if self._fsync == "full":
             _sync_folder(Path(path).parent)
 
-    def _own_pages(self, namespace: str) -> Iterator[str]:
-        """Paths of the files that this backend wrote for the namespace; whatever else lies there is not ours."""
-        folder = self._root / namespace
-        if not folder.is_dir():
-            return
-        for fan_out in sorted(folder.iterdir()):
-            if _FAN_OUT.fullmatch(fan_out.name) and fan_out.is_dir() and not fan_out.is_symlink():
-                for entry in os.scandir(fan_out):
-                    if _PAGE_FILE.fullmatch(entry.name) and _is_page(entry):
-                        yield entry.path
-
 
 def _fill(descriptor: int, page: IncomingPage) -> bool:
     """Read header and payload; False if the file has another size."""
@@ -279,21 +262,6 @@ def _has_size(path: str, size_bytes: int) -> bool:
         return os.stat(path, follow_symlinks=False).st_size == size_bytes
     except FileNotFoundError:
         return False
-
-
-def _is_page(entry: os.DirEntry[str]) -> bool:
-    """A file that starts with our magic, or a torn one that is too short to say what it is."""
-    if not entry.is_file(follow_symlinks=False):
-        return False
-    try:
-        descriptor = os.open(entry.path, _READ_FLAGS)
-    except FileNotFoundError:
-        return False
-    try:
-        start = os.pread(descriptor, len(MAGIC), 0)
-    finally:
-        os.close(descriptor)
-    return MAGIC.startswith(start)
 
 
 def _unlink(path: str) -> bool:
