@@ -26,7 +26,7 @@ import select
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,11 @@ class FaultyBackend(StorageBackend):
         self.capabilities = Capabilities(
             late_io=settings.late_io or inner.capabilities.late_io, durable=inner.capabilities.durable
         )
+
+    def sabotage(self, faults: Mapping[str, Fault]) -> None:
+        """From now on these faults and no others, calls and pages counted anew."""
+        self._faults = dict(faults)
+        self._numbers.clear()
 
     def open_blocking(self) -> None:
         self._sabotaged("open", self._inner.open_blocking)
