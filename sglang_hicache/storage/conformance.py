@@ -43,52 +43,52 @@ def check_backend(make: Make) -> None:
 
 def check_self_test(make: Make) -> None:
     """What an attach asks of a backend."""
-    with _opened(make) as backend:
-        _store(backend, _layout()).self_test_blocking(0)
+    with opened(make) as backend:
+        _store(backend, new_layout()).self_test_blocking(0)
 
 
 def check_round_trip(make: Make) -> None:
     """What was written is read, byte by byte, whatever the size of a page."""
-    with _opened(make) as backend:
+    with opened(make) as backend:
         for size in (1, _PAGE_BYTES, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES - 256, WRITE_CHUNK_BYTES + 1):
-            layout = _layout(page_bytes=size)
+            layout = new_layout(page_bytes=size)
             keys, contents = _write(backend, layout, 3)
             targets = [bytearray(size) for _ in keys]
             result = _store(backend, layout).read_blocking(keys, list(map(memoryview, targets)))
-            _demand(result.pages == 3, f"reads {result} of 3 pages of {size} bytes")
-            _demand(targets == contents, f"returns other bytes for a page of {size} bytes")
+            demand(result.pages == 3, f"reads {result} of 3 pages of {size} bytes")
+            demand(targets == contents, f"returns other bytes for a page of {size} bytes")
 
 
 def check_exists_counts_from_the_first(make: Make) -> None:
     """`exists` is the length of the prefix without a gap."""
-    with _opened(make) as backend:
-        layout = _layout()
+    with opened(make) as backend:
+        layout = new_layout()
         keys, _ = _write(backend, layout, 4)
         names = [layout.name(key) for key in keys]
-        _demand(backend.exists_blocking(names) == 4, "does not find all of 4 pages")
-        _demand(backend.exists_blocking([]) == 0, "finds pages in an empty list")
-        _demand(backend.delete_blocking([names[2]]) == 1, "does not say that it deleted one page")
-        _demand(backend.exists_blocking(names) == 2, "counts pages behind a gap")
-        _demand(backend.exists_blocking(names[2:]) == 0, "finds a deleted page")
+        demand(backend.exists_blocking(names) == 4, "does not find all of 4 pages")
+        demand(backend.exists_blocking([]) == 0, "finds pages in an empty list")
+        demand(backend.delete_blocking([names[2]]) == 1, "does not say that it deleted one page")
+        demand(backend.exists_blocking(names) == 2, "counts pages behind a gap")
+        demand(backend.exists_blocking(names[2:]) == 0, "finds a deleted page")
 
 
 def check_misses_are_values(make: Make) -> None:
     """A page that is not there is MISS, and a batch may end at it."""
-    with _opened(make) as backend:
-        layout = _layout()
+    with opened(make) as backend:
+        layout = new_layout()
         keys, _ = _write(backend, layout, 3)
         absent = layout.name(secrets.token_bytes(32))
-        _demand(backend.delete_blocking([absent]) == 0, "counts a page that was not there as deleted")
+        demand(backend.delete_blocking([absent]) == 0, "counts a page that was not there as deleted")
         backend.touch_blocking([absent])
         backend.delete_blocking([layout.name(keys[1])])
         outcomes = backend.read_blocking([_incoming(layout, key) for key in keys])
-        _demand(outcomes[:2] == [PageResult.HIT, PageResult.MISS], f"reads page, gap, page as {outcomes}")
+        demand(outcomes[:2] == [PageResult.HIT, PageResult.MISS], f"reads page, gap, page as {outcomes}")
 
 
 def check_other_names_are_misses(make: Make) -> None:
     """Another model, another head range, another key: none of them finds the page."""
-    with _opened(make) as backend:
-        layout = _layout()
+    with opened(make) as backend:
+        layout = new_layout()
         keys, _ = _write(backend, layout, 1)
         own = layout.name(keys[0])
         for other in (
@@ -97,78 +97,78 @@ def check_other_names_are_misses(make: Make) -> None:
             PageName(own.namespace, own.key, own.head_start, own.head_end + 2),
             PageName(own.namespace, own.key, own.head_end, own.head_end + 2),
         ):
-            _demand(backend.exists_blocking([other]) == 0, f"finds {own} under the name {other}")
+            demand(backend.exists_blocking([other]) == 0, f"finds {own} under the name {other}")
 
 
 def check_other_sizes_are_refused(make: Make) -> None:
     """An object of another size than asked for is no hit."""
-    with _opened(make) as backend:
-        layout = _layout()
+    with opened(make) as backend:
+        layout = new_layout()
         keys, _ = _write(backend, layout, 1)
         for size in (_PAGE_BYTES - 1, _PAGE_BYTES + 1, 1):
-            page = _incoming(_layout(layout.namespace, size), keys[0])
+            page = _incoming(new_layout(layout.namespace, size), keys[0])
             outcomes = backend.read_blocking([page])
-            _demand(outcomes == [PageResult.WRONG_SIZE], f"reads {_PAGE_BYTES} bytes as {size}: {outcomes}")
+            demand(outcomes == [PageResult.WRONG_SIZE], f"reads {_PAGE_BYTES} bytes as {size}: {outcomes}")
 
 
 def check_second_write_is_harmless(make: Make) -> None:
     """A page that is there may be written again; it stays what it is."""
-    with _opened(make) as backend:
-        layout = _layout()
+    with opened(make) as backend:
+        layout = new_layout()
         keys, contents = _write(backend, layout, 2)
         again = _store(backend, layout).write_blocking(keys, list(map(memoryview, contents)), b"", 0)
-        _demand(again.pages == 2, f"writes pages that are there with {again}")
-        _demand(_is_good(backend, layout, keys[1]), "loses a page that is written twice")
+        demand(again.pages == 2, f"writes pages that are there with {again}")
+        demand(_is_good(backend, layout, keys[1]), "loses a page that is written twice")
 
 
 def check_clear_is_confined(make: Make) -> None:
     """`clear` takes all pages of one namespace and none of another."""
-    with _opened(make) as backend:
-        mine, other = _layout(), _layout()
+    with opened(make) as backend:
+        mine, other = new_layout(), new_layout()
         my_keys, _ = _write(backend, mine, 3)
         other_keys, _ = _write(backend, other, 3)
-        _demand(backend.clear_blocking(mine.namespace) == 3, "does not count what it clears")
-        _demand(backend.exists_blocking([mine.name(key) for key in my_keys]) == 0, "keeps pages that were cleared")
-        _demand(backend.exists_blocking([other.name(key) for key in other_keys]) == 3, "clears another namespace")
-        _demand(backend.clear_blocking(mine.namespace) == 0, "clears twice")
+        demand(backend.clear_blocking(mine.namespace) == 3, "does not count what it clears")
+        demand(backend.exists_blocking([mine.name(key) for key in my_keys]) == 0, "keeps pages that were cleared")
+        demand(backend.exists_blocking([other.name(key) for key in other_keys]) == 3, "clears another namespace")
+        demand(backend.clear_blocking(mine.namespace) == 0, "clears twice")
         _write(backend, mine, 1)
 
 
 def check_readers_see_whole_pages(make: Make) -> None:
     """While one thread deletes and writes a page, another sees it whole or not at all."""
-    layout = _layout(page_bytes=2 * CHUNK_BYTES)
+    layout = new_layout(page_bytes=2 * CHUNK_BYTES)
     key, content = secrets.token_bytes(32), bytearray(secrets.token_bytes(2 * CHUNK_BYTES))
-    with _opened(make) as backend:
+    with opened(make) as backend:
         writer = threading.Thread(target=_rewrite_often, args=(backend, layout, key, content))
         writer.start()
         try:
             while writer.is_alive():
                 page = _incoming(layout, key)
                 outcome = backend.read_blocking([page])[0]
-                _demand(outcome in (PageResult.HIT, PageResult.MISS), f"shows a page being written as {outcome}")
+                demand(outcome in (PageResult.HIT, PageResult.MISS), f"shows a page being written as {outcome}")
                 if outcome is PageResult.HIT:
-                    _demand(page.judge() is Verdict.GOOD, "shows a page that is not whole")
+                    demand(page.judge() is Verdict.GOOD, "shows a page that is not whole")
         finally:
             writer.join()
 
 
 def check_durable_pages_survive(make: Make) -> None:
     """What a durable backend says it has written is there for the next process."""
-    layout = _layout()
-    with _opened(make) as backend:
+    layout = new_layout()
+    with opened(make) as backend:
         keys, _ = _write(backend, layout, 2)
         durable = backend.capabilities.durable
     if durable:
-        with _opened(make) as backend:
-            _demand(_is_good(backend, layout, keys[0]), "says it is durable and forgets")
+        with opened(make) as backend:
+            demand(_is_good(backend, layout, keys[0]), "says it is durable and forgets")
 
 
 def check_tells_about_itself(make: Make) -> None:
     """`info` and `stats` are what the status pages can show."""
-    with _opened(make) as backend:
+    with opened(make) as backend:
         info, stats = backend.info(), backend.stats()
-        _demand(all(type(value) is str for pair in info.items() for value in pair), f"info is {info}")
-        _demand(all(type(name) is str and type(value) is int for name, value in stats.items()), f"stats is {stats}")
+        demand(all(type(value) is str for pair in info.items() for value in pair), f"info is {info}")
+        demand(all(type(name) is str and type(value) is int for name, value in stats.items()), f"stats is {stats}")
 
 
 CHECKS: tuple[Callable[[Make], None], ...] = (
@@ -187,7 +187,8 @@ CHECKS: tuple[Callable[[Make], None], ...] = (
 
 
 @contextmanager
-def _opened(make: Make) -> Iterator[StorageBackend]:
+def opened(make: Make) -> Iterator[StorageBackend]:
+    """A backend for the length of a check."""
     backend = make()
     try:
         backend.open_blocking()
@@ -196,7 +197,8 @@ def _opened(make: Make) -> Iterator[StorageBackend]:
         backend.close_blocking()
 
 
-def _layout(namespace: str = "", page_bytes: int = _PAGE_BYTES) -> PageLayout:
+def new_layout(namespace: str = "", page_bytes: int = _PAGE_BYTES) -> PageLayout:
+    """Pages of a namespace that nobody else uses, unless one is given."""
     return PageLayout(namespace or secrets.token_hex(32), 0, 2, (Part("kv", page_bytes),))
 
 
@@ -213,7 +215,7 @@ def _write(backend: StorageBackend, layout: PageLayout, count: int) -> tuple[lis
     keys = [secrets.token_bytes(32) for _ in range(count)]
     contents = [bytearray(secrets.token_bytes(layout.payload_bytes)) for _ in keys]
     result = _store(backend, layout).write_blocking(keys, list(map(memoryview, contents)), b"", 0)
-    _demand(result.pages == count, f"writes {result} of {count} pages")
+    demand(result.pages == count, f"writes {result} of {count} pages")
     return keys, contents
 
 
@@ -229,6 +231,7 @@ def _is_good(backend: StorageBackend, layout: PageLayout, key: bytes) -> bool:
     return outcomes == [PageResult.HIT] and page.judge() is Verdict.GOOD
 
 
-def _demand(holds: bool, complaint: str) -> None:
+def demand(holds: bool, complaint: str) -> None:
+    """Break off with what the backend does and must not do."""
     if not holds:
         raise ContractBroken(f"the backend {complaint}")

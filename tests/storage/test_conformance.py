@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from sglang_hicache.errors import StorageError
+from sglang_hicache.storage import checked
+from sglang_hicache.storage.checked import CheckedStore
 from sglang_hicache.storage.conformance import CHECKS, ContractBroken, Make, check_backend
+from sglang_hicache.storage.conformance_faults import (
+    SABOTAGES,
+    check_damage_at_every_byte,
+    check_pages_cut_at_every_byte,
+    check_sabotaged,
+)
 from tests.storage import pages
 
 _BACKENDS = {
@@ -19,6 +27,8 @@ _BACKENDS = {
     "faulty-memory": ("faulty", {"inner": "memory"}),
     "faulty-file": ("faulty", {"inner": "file"}),
 }
+#: Those that differ where a saboteur could show it.
+_SABOTAGED = ("memory", "file")
 
 
 def _maker(which: str, root: Path) -> Make:
@@ -35,6 +45,31 @@ def _maker(which: str, root: Path) -> Make:
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_backend_keeps_the_contract(check: Callable[[Make], None], which: str, root: Path) -> None:
     check(_maker(which, root))
+
+
+@pytest.mark.parametrize("which", _SABOTAGED)
+@pytest.mark.parametrize(("call", "kind"), SABOTAGES)
+def test_a_saboteur_costs_pages_and_nothing_else(which: str, call: str, kind: str, root: Path) -> None:
+    check_sabotaged(_maker(which, root), call, kind)
+
+
+@pytest.mark.parametrize("which", _SABOTAGED)
+@pytest.mark.parametrize("check", [check_damage_at_every_byte, check_pages_cut_at_every_byte])
+def test_damage_at_any_byte_is_a_miss(check: Callable[[Make], None], which: str, root: Path) -> None:
+    check(_maker(which, root))
+
+
+@pytest.mark.parametrize(("call", "kind"), [("read", "flip"), ("write", "duplicate"), ("read", "short")])
+def test_a_store_that_trusts_its_backend_is_noticed(call: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checked, "_wrong", lambda *_: "")
+    with pytest.raises(ContractBroken):
+        check_sabotaged(lambda: pages.backend("memory", {}), call, kind)
+
+
+def test_a_store_that_leaves_bad_pages_where_they_are_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CheckedStore, "_remove", lambda *_: None)
+    with pytest.raises(ContractBroken, match="stays damaged|does not find"):
+        check_sabotaged(lambda: pages.backend("memory", {}), "write", "flip")
 
 
 @pytest.mark.parametrize(
