@@ -89,11 +89,15 @@ class TickLoop:
         self._driver.copies_finished(finished)
 
     def _status(self, query_id: str) -> wire.StatusAnswer:
-        status = self._core.status.answer(query_id)
-        counters = status.counters | self._driver.counters.snapshot()
-        info = self._driver.info(status.epoch)
-        error = status.last_error or self._driver.failure(status.epoch)
-        return msgspec.structs.replace(status, backend_info=info, counters=counters, last_error=error)
+        status, driver = self._core.status.answer(query_id), self._driver
+        return msgspec.structs.replace(
+            status,
+            backend_info=driver.info(status.epoch),
+            backend_stats=driver.stats(status.epoch),
+            counters=status.counters | driver.counters.snapshot(),
+            totals=driver.totals(),
+            last_error=status.last_error or driver.failure(status.epoch),
+        )
 
     # ------------------------------------------------------------------------------------------------ tick
 

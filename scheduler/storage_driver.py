@@ -8,6 +8,7 @@ them, and a plan brings them back to all ranks.  It never waits.
     opened / open failed            opened (rank's own description of the backend) / open_failed
     progress of an op               pages so far, settled, closed
     clear done                      clear
+    counters                        none: kept for the status
     it ends, unasked                lost, then reaped
     it ends, asked                  reaped
     0.5 s after SIGKILL it lives    reap_timeout; reaped follows if it ever ends
@@ -19,12 +20,13 @@ nobody will ever touch it.  An op that was handed over is closed by the process 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sglang_hicache import wire
 from sglang_hicache.errors import ProtocolError, UserError
-from sglang_hicache.observe import Counters
+from sglang_hicache.observe import LEVELS, Counters
 from sglang_hicache.sockets import Poller
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.attachment_events import Kill, Spawn, Stop
@@ -63,9 +65,13 @@ class _Process:
     """One epoch's process on this rank."""
 
     client: StorageClient
+    #: Name of its backend.
+    backend: str
     #: After its end, hardware may still write: only a fence could prove that it does not, and there is none yet.
     late_io: bool
     info: dict[str, str] = field(default_factory=dict)
+    #: What it has counted, as it last told.
+    stats: dict[str, int] = field(default_factory=dict)
     #: Why the latest of its ops that failed did; "" while none has.
     failure: str = ""
     #: Why its end is expected; "" while it is not.
@@ -74,6 +80,10 @@ class _Process:
     reap_by_us: int | None = None
     #: Revokes that did not fit into the socket: without them a drain would wait for ops that nobody wants.
     unsent: list[wire.RevokeOp] = field(default_factory=list)
+
+    def counted(self) -> dict[str, int]:
+        """Its stats without those that may fall."""
+        return {name: n for name, n in self.stats.items() if name not in LEVELS}
 
 
 class StorageDriver:
@@ -85,6 +95,8 @@ class StorageDriver:
         self._processes: dict[int, _Process] = {}
         self._facts = Facts()
         self.counters = Counters()
+        #: By backend: what the processes that are gone have counted.
+        self._past: dict[str, Counter[str]] = {}
 
     # ------------------------------------------------------------------------------------------- from the core
 
@@ -108,7 +120,8 @@ class StorageDriver:
         epoch = spawn.epoch
         try:
             _, settings = registry.validate_extra_config(spawn.backend, spawn.extra_config_json)
-            process = _Process(self._launch(spawn), registry.late_io(spawn.backend, settings))
+            late_io = registry.late_io(spawn.backend, settings)
+            process = _Process(self._launch(spawn), spawn.backend, late_io)
         except (OSError, UserError) as error:
             log.warning("cannot start the storage process: %s", error, extra={"epoch": epoch})
             self._tell("open_failed", epoch, f"cannot start the storage process: {error}")
@@ -179,6 +192,8 @@ class StorageDriver:
                     self._stopped_short(epoch, process, message)
             case wire.ClearDone():
                 self._facts.clears.append(wire.ClearFact(message.command_id, message.reason))
+            case wire.BackendStats():
+                process.stats = message.stats
 
     def _stopped_short(self, epoch: int, process: _Process, message: wire.OpProgress) -> None:
         """Serving goes on without the store, so that only the log and the status can tell that it fails: one line for
@@ -196,6 +211,7 @@ class StorageDriver:
         for thing in process.client.fds():
             self._poller.unregister(thing)
         process.client.close()
+        self._past.setdefault(process.backend, Counter()).update(process.counted())
         del self._processes[epoch]
         how = f"killed by signal {-status}" if status is not None and status < 0 else f"exit code {status}"
         if not process.told:
@@ -232,6 +248,18 @@ class StorageDriver:
         """What the backend of an epoch says of itself."""
         process = self._processes.get(epoch)
         return dict(process.info) if process is not None else {}
+
+    def stats(self, epoch: int) -> dict[str, int]:
+        """What the process of an epoch has counted, as it last told."""
+        process = self._processes.get(epoch)
+        return dict(process.stats) if process is not None else {}
+
+    def totals(self) -> dict[str, Counter[str]]:
+        """By backend: what all its processes have counted, those that are gone included."""
+        totals = {backend: Counter(past) for backend, past in self._past.items()}
+        for process in self._processes.values():
+            totals.setdefault(process.backend, Counter()).update(process.counted())
+        return totals
 
     def failure(self, epoch: int) -> str:
         """Why the latest op of an epoch that failed did, "" if none has: the store is attached, and yet of no use."""

@@ -225,6 +225,10 @@ def start_logging(speaker: str, config: LogConfig, secrets: Iterable[str] = ()) 
     root.setLevel(config.level.upper())
 
 
+#: Names among a backend's stats that say how much there is now, and may fall; all others only grow.
+LEVELS = frozenset({"max_bytes", "negative_pages", "objects", "quarantine_bytes", "used_bytes", "used_pages"})
+
+
 class Counters:
     """Named numbers that only one thread changes."""
 
@@ -246,3 +250,23 @@ class Counters:
     def snapshot(self) -> dict[str, int]:
         """A copy, in order of names."""
         return dict(sorted(self._values.items()))
+
+
+class SharedCounters(Counters):
+    """Counters that several threads change and read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+
+    def add(self, name: str, amount: int = 1) -> None:
+        with self._lock:
+            super().add(name, amount)
+
+    def set(self, name: str, value: int) -> None:
+        with self._lock:
+            super().set(name, value)
+
+    def snapshot(self) -> dict[str, int]:
+        with self._lock:
+            return super().snapshot()

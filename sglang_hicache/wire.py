@@ -137,11 +137,28 @@ class ClearStorage(Message):
 
 
 class FlushCache(Message):
-    """Empty L1 and L2 (never L3).  timeout_s > 0: wait until idle or that long."""
+    """Empty L1 and L2.  timeout_s > 0: wait until idle or that long."""
 
     id: str
     deadline_s: float
     timeout_s: float = 0.0
+    #: False: once L1 and L2 are empty, delete the pages of the own namespace from the attached storage too.
+    keep_storage: bool = True
+
+
+class UpdateWeights(Message):
+    """Serve other weights of the same architecture from now on: read on every rank, then taken by all or by none."""
+
+    id: str
+    deadline_s: float
+    #: Directory with the weights, as every rank sees it.
+    model_path: str
+    #: Content digest of its weight files, 64 hex digits: what the namespace is made of.
+    weights_digest: str
+    #: What answers call the new weights; None: as before.
+    weight_version: str | None = None
+    #: End all requests when the weights have been read, instead of letting those that run finish.
+    aborts_requests: bool = False
 
 
 class QueryStatus(Message):
@@ -156,8 +173,8 @@ class Shutdown(Message):
     id: str
 
 
-ToRank = NewRequest | AbortRequest | AttachStorage | DetachStorage | ClearStorage | FlushCache | QueryStatus | Shutdown
-Command = AttachStorage | DetachStorage | ClearStorage | FlushCache | Shutdown
+Command = AttachStorage | DetachStorage | ClearStorage | FlushCache | UpdateWeights | Shutdown
+ToRank = NewRequest | AbortRequest | QueryStatus | Command
 
 
 # -------------------------------------------------------------------------- ranks -> tokenizer (FromRank)
@@ -167,6 +184,8 @@ class OutputBatch(Message):
     """Tokens and ends of one tick.  From the leader only."""
 
     outputs: list[RequestOutput]
+    #: What the weights are called that computed them.
+    weight_version: str = "default"
 
 
 class CommandAnswer(Message):
@@ -176,6 +195,8 @@ class CommandAnswer(Message):
     rank: int
     success: bool
     message: str = ""
+    #: New weights: requests that stood in line while the old ones came to rest.
+    paused_requests: int = 0
 
 
 class StatusAnswer(Message):
@@ -205,14 +226,20 @@ class StatusAnswer(Message):
     lost_tokens: dict[str, int] = {}
     #: Sentences: why nothing is being written, or fetched, just now.
     why: list[str] = []
-    #: Counters of the backend itself, as its process last told them.
+    #: What the process of this epoch has counted, as it last told.
     backend_stats: dict[str, int] = {}
+    #: Counters since the start of the server by name of the backend: they outlive attachments and never go down.
+    totals: dict[str, dict[str, int]] = {}
     #: By metric name, without the prefix.
     histograms: dict[str, Histogram] = {}
     #: Free, used and total pages of each pool; running and waiting requests.
     load: dict[str, int] = {}
     #: Extra config of the attachment as JSON, "" when detached.  May hold secrets: the desk redacts before it answers.
     extra_config_json: str = ""
+    #: Weights that compute just now: their directory, what answers call them, and the digest of their contents.
+    model_path: str = ""
+    weight_version: str = ""
+    weights_digest: str = ""
 
 
 FromRank = OutputBatch | CommandAnswer | StatusAnswer
@@ -253,6 +280,14 @@ class ClearOutcome(msgspec.Struct, frozen=True, array_like=True):
     reasons: tuple[str, ...]
 
 
+class WeightsOutcome(msgspec.Struct, frozen=True, array_like=True):
+    """Every rank has read the new weights, or one could not, or the deadline passed."""
+
+    command_id: str
+    #: Why they cannot be taken, for people; "": every rank has them ready.
+    failure: str = ""
+
+
 class TickPlan(Message):
     """Inputs and outcomes of one tick, in the order in which every rank applies them."""
 
@@ -263,6 +298,7 @@ class TickPlan(Message):
     storage: list[StorageOutcome] = []
     ops: list[OpOutcome] = []
     clears: list[ClearOutcome] = []
+    weights: list[WeightsOutcome] = []
     commands: list[Command] = []
     aborts: list[str] = []
     requests: list[NewRequest] = []
@@ -298,6 +334,14 @@ class ClearFact(msgspec.Struct, frozen=True, array_like=True):
     reason: str = ""
 
 
+class WeightsFact(msgspec.Struct, frozen=True, array_like=True):
+    """One rank has read new weights, or could not."""
+
+    command_id: str
+    #: "" for success.
+    reason: str = ""
+
+
 class RankReport(Message):
     """From a follower: what it applied and what its hands told it since the last report."""
 
@@ -309,6 +353,7 @@ class RankReport(Message):
     ops: list[OpFact] = []
     storage: list[StorageFact] = []
     clears: list[ClearFact] = []
+    weights: list[WeightsFact] = []
 
 
 # --------------------------------------------------------- rank -> its storage process (ToStorage), and back
@@ -375,11 +420,18 @@ class ClearPages(Message):
     command_id: str
 
 
+class UseNamespace(Message):
+    """The weights are others: every op after this message is about pages of this namespace, every one before is not."""
+
+    #: 64 hex digits.
+    namespace: str
+
+
 class StopBackend(Message):
     """Finish the running calls, close the backend, exit 0."""
 
 
-ToStorage = OpenBackend | LookupPages | ReadPages | WritePages | RevokeOp | ClearPages | StopBackend
+ToStorage = OpenBackend | LookupPages | ReadPages | WritePages | RevokeOp | ClearPages | UseNamespace | StopBackend
 
 
 class BackendOpened(Message):
@@ -417,4 +469,12 @@ class ClearDone(Message):
     reason: str = ""
 
 
-FromStorage = BackendOpened | BackendOpenFailed | OpProgress | ClearDone
+class BackendStats(Message):
+    """What the store and its backend have counted so far: sent now and then after some activity, and before the end."""
+
+    epoch: int
+    #: By name; those of `observe.LEVELS` say how much there is now, all others only grow.
+    stats: dict[str, int] = {}
+
+
+FromStorage = BackendOpened | BackendOpenFailed | OpProgress | ClearDone | BackendStats

@@ -18,7 +18,9 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import msgspec
@@ -45,6 +47,9 @@ CONFIG_FD = 0
 
 #: How long to wait before a full socket to the rank is tried again.  A rank that does not read is busy or dead.
 _RETRY_MS = 5
+
+#: Shortest time between two reports of the counters.
+_STATS_EVERY_S = 1.0
 
 _PR_SET_PDEATHSIG = 1
 
@@ -77,8 +82,12 @@ class Outbox:
 
     def put(self, message: wire.FromStorage) -> None:
         """Any thread."""
-        self._messages.append(message)
+        self.add(message)
         self.wake()
+
+    def add(self, message: wire.FromStorage) -> None:
+        """Main thread, which is awake: nothing needs to wake it."""
+        self._messages.append(message)
 
     def wake(self) -> None:
         """Make the main thread look.  Any thread."""
@@ -94,14 +103,41 @@ class Outbox:
             self._messages.popleft()
 
 
+class StatsClock:
+    """When the counters are told: some time after they may have changed, so that an idle process stays asleep."""
+
+    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._now_s = now_s
+        self._due_s: float | None = None
+
+    def activity(self) -> None:
+        """The counters may have changed.  The first time counts: steady work must not put the report off for ever."""
+        if self._due_s is None:
+            self._due_s = self._now_s() + _STATS_EVERY_S
+
+    def wait_ms(self) -> int | None:
+        """How long the process may sleep; None: until something happens."""
+        # Rounded up: waking a moment too early would only spin until it is time.
+        return None if self._due_s is None else max(0, int((self._due_s - self._now_s()) * 1000) + 1)
+
+    def is_due(self) -> bool:
+        """It is time; asked once."""
+        if self._due_s is None or self._now_s() < self._due_s:
+            return False
+        self._due_s = None
+        return True
+
+
 class Supervisor:
     """The main thread: reads the rank's messages, feeds the lanes, sends what they report."""
 
     def __init__(self, opened: wire.OpenBackend, backend: StorageBackend, pool: HostPool, pull: Pull, outbox: Outbox):
         self._opened = opened
+        self._backend = backend
         self._pool = pool
         self._pull = pull
         self._outbox = outbox
+        self._stats_clock = StatsClock()
         self._is_stopping = False
         layout = page_layout(opened)
         self._prefetch_store = CheckedStore(backend, layout)
@@ -116,17 +152,31 @@ class Supervisor:
             poller.register(thing)
         self._prefetch.start()
         self._backup.start()
-        while self._outbox or not (self._prefetch.has_ended and self._backup.has_ended):
-            ready = poller.wait(_RETRY_MS if self._outbox else None)
-            if self._outbox.wake_fd in ready:
-                self._outbox.quieten()
-            if CONFIG_FD in ready:
-                exit_if_orphaned(parent_pid)
-                poller.unregister(CONFIG_FD)
-                self._stop()
-            for message in self._pull.receive_all():
-                self._handle(message)
-            self._outbox.flush()
+        self._tell_stats()
+        while not (self._prefetch.has_ended and self._backup.has_ended):
+            self._serve_once_blocking(poller, parent_pid)
+        self._tell_stats()  # while the backend is open: closing it may cost what it knows
+        while self._outbox:
+            self._serve_once_blocking(poller, parent_pid)
+
+    def _serve_once_blocking(self, poller: Poller, parent_pid: int) -> None:
+        """Sleep until something happens, and see to it."""
+        ready = poller.wait(_RETRY_MS if self._outbox else self._stats_clock.wait_ms())
+        if self._outbox.wake_fd in ready:
+            self._outbox.quieten()
+            self._stats_clock.activity()
+        if CONFIG_FD in ready:
+            exit_if_orphaned(parent_pid)
+            poller.unregister(CONFIG_FD)
+            self._stop()
+        for message in self._pull.receive_all():
+            self._handle(message)
+        if self._stats_clock.is_due():
+            self._tell_stats()
+        self._outbox.flush()
+
+    def _tell_stats(self) -> None:
+        self._outbox.add(wire.BackendStats(epoch=self._opened.epoch, stats=self._backend.stats()))
 
     def _stop(self) -> None:
         if not self._is_stopping:

@@ -18,7 +18,7 @@ from sglang_hicache.workers.storage_client import StorageClient
 NAMESPACE = "5a" * 32
 PAGE_BYTES = 4096
 HOST_PAGES = 256
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 def keys(count: int, first: int = 1) -> list[bytes]:
@@ -50,8 +50,10 @@ class Rank:
         """Send; it must be taken."""
         assert self.client.send(message)
 
-    def next_message(self, wanted: Callable[[Any], bool] = lambda message: True) -> Any:
-        """The next message that is wanted; others are passed over."""
+    def next_message(
+        self, wanted: Callable[[Any], bool] = lambda message: not isinstance(message, wire.BackendStats)
+    ) -> Any:
+        """The next message that is wanted (counters come whenever they like); others are passed over."""
         deadline = time.monotonic() + PATIENCE_S
         while True:
             while self._unread:

@@ -199,3 +199,20 @@ def test_closing_leaves_no_process(storage):
     client = spawn(storage)
     storage.driver.close()
     assert client.did == ["kill", "close"]
+
+
+def test_counters_of_a_backend_outlive_its_processes_and_levels_do_not(storage):
+    """1. Attach, write. 2. Detach, attach again. 3. The series falls back to 0: a dashboard shows a negative rate."""
+    client = spawn(storage)
+    client.said = [wire.BackendStats(epoch=1, stats={"evicted_pages": 2}),
+                   wire.BackendStats(epoch=1, stats={"evicted_pages": 3, "used_bytes": 100})]  # fmt: skip
+    facts(storage)
+    assert storage.driver.stats(1) == {"evicted_pages": 3, "used_bytes": 100}
+    assert storage.driver.totals() == {"memory": {"evicted_pages": 3}}
+    # The next one opens while this one drains, and the last words of this one come with its end.
+    spawn(storage, epoch=2).said = [wire.BackendStats(epoch=2, stats={"evicted_pages": 10, "used_bytes": 7})]
+    client.said, client.status = [wire.BackendStats(epoch=1, stats={"evicted_pages": 4})], 0
+    facts(storage)
+    assert storage.driver.stats(1) == {}
+    assert storage.driver.stats(2) == {"evicted_pages": 10, "used_bytes": 7}
+    assert storage.driver.totals() == {"memory": {"evicted_pages": 14}}
