@@ -206,14 +206,15 @@ class _Page:
 class OutgoingPage(_Page):
     """A page to be written: the object is `header()` followed by `payload`."""
 
-    __slots__ = ("_depth", "_encrypted", "_key_id", "_parent", "_sealed", "_tenant")
+    __slots__ = ("_encrypted", "_key_id", "_sealed", "_tenant", "depth", "parent")
 
     def __init__(
         self, layout: PageLayout, key: bytes, payload: memoryview, parent: bytes, depth: int, tenant: bytes = b""
     ) -> None:
         super().__init__(layout, key, payload)
-        self._parent = parent or ROOT_PARENT
-        self._depth = depth
+        #: Key of the parent (zeros at the root) and pages before this one.
+        self.parent = parent or ROOT_PARENT
+        self.depth = depth
         self._tenant = tenant
         self._key_id = 0
         #: Nonce and tag.
@@ -245,8 +246,8 @@ class OutgoingPage(_Page):
     def _checked_part(self) -> bytes:
         layout, name, encrypted = self._layout, self.name, self._encrypted
         return _HEADER.pack(
-            MAGIC, FORMAT_VERSION, layout.part_count, HEADER_BYTES, layout.namespace_bytes, name.key, self._parent,
-            self._depth, name.head_start, name.head_end, self._key_id, layout.payload_bytes, layout.part_table,
+            MAGIC, FORMAT_VERSION, layout.part_count, HEADER_BYTES, layout.namespace_bytes, name.key, self.parent,
+            self.depth, name.head_start, name.head_end, self._key_id, layout.payload_bytes, layout.part_table,
             self._tenant, encrypted[:_NONCE_BYTES], encrypted[_NONCE_BYTES:], b"",
         )[:_CHECKED_BYTES]  # fmt: skip
 
