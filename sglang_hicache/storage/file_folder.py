@@ -2,7 +2,8 @@
 
 Used by `file.py` when a store is opened, written and closed.  A folder that somebody else may write is refused, because
 pages from it go into answers.  A temporary folder belongs to the process that holds the `flock` on its `lock` file; the
-kernel drops that lock with the process, so that the next one to open the store can tell what the dead left behind.
+kernel drops that lock with the process, so that the others can tell what the dead left behind.  The lock file is also
+the process's *lease*: whose pages it reads, how much it lets the store take, and what it has written.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import pwd
 import secrets
 import shutil
 import stat
+import struct
 from pathlib import Path
+from typing import NamedTuple
 
 from sglang_hicache.errors import StorageError
 
@@ -24,6 +27,39 @@ STORAGE_DIR_ENV = "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
+_LEASE = struct.Struct("<8s64sqqqqq")
+_LEASE_MAGIC = b"HICUSER\n"
+
+
+class Lease(NamedTuple):
+    """What a living process says of itself to all others on the same root."""
+
+    #: Namespace whose pages it uses.
+    namespace: str
+    #: Size of the files that it writes.
+    page_bytes: int
+    #: Most that it lets the whole store take; 0: it does not say.
+    max_bytes: int
+    #: Seconds after which it lets unused pages go; 0: never.
+    ttl_s: int
+    #: Bytes and files that it has written less what it has deleted, since it opened the store.
+    bytes: int = 0
+    files: int = 0
+
+    def pack(self) -> bytes:
+        """As it stands in the lock file."""
+        namespace, *numbers = self
+        return _LEASE.pack(_LEASE_MAGIC, namespace.encode("ascii"), *numbers)
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> Lease | None:
+        """None: no lease, or of a process that has not written it yet."""
+        if len(raw) != _LEASE.size or not raw.startswith(_LEASE_MAGIC):
+            return None
+        _, namespace, *numbers = _LEASE.unpack(raw)
+        return cls(namespace.rstrip(b"\0").decode("ascii", "replace"), *numbers)
+
+
 class TemporaryFolder:
     """The folder in which one process writes pages that have no name yet.  It lives as long as its lock is held."""
 
@@ -31,6 +67,10 @@ class TemporaryFolder:
         self.path = path
         self._lock = lock
         self._numbers = itertools.count()
+
+    def tell(self, lease: Lease) -> None:
+        """Let the others know."""
+        os.pwrite(self._lock, lease.pack(), 0)
 
     @classmethod
     def create(cls, parent: Path, rank: int) -> TemporaryFolder:
@@ -61,7 +101,10 @@ def storage_folder(explicit: str) -> Path:
     """Which folder: the one in the extra config, else the environment's, else a private one of this user."""
     chosen = explicit or os.environ.get(STORAGE_DIR_ENV, "")
     if chosen:
-        return Path(chosen).expanduser().absolute()
+        try:
+            return Path(chosen).expanduser().absolute()
+        except RuntimeError as error:
+            raise StorageError(f"storage folder {chosen!r}: {error}; name it in full", "refused") from error
     home = os.environ.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir
     cache = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG rules say that a relative path there is to be ignored.
@@ -107,13 +150,31 @@ def refuse_unsafe(root: Path) -> None:
             )
 
 
+def leases_blocking(parent: Path) -> dict[str, Lease]:
+    """What the processes on this root say of themselves, by the name of their folder; some may be dead."""
+    leases = {}
+    for name in os.listdir(parent):
+        try:
+            descriptor = os.open(parent / name / "lock", os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:
+            # Not ours, swept by another process this moment, or just being made and without a lock yet.
+            continue
+        try:
+            lease = Lease.unpack(os.read(descriptor, _LEASE.size + 1))
+        finally:
+            os.close(descriptor)
+        if lease is not None:
+            leases[name] = lease
+    return leases
+
+
 def sweep(parent: Path) -> None:
     """Remove the temporary folders whose process is dead: nobody holds their lock."""
     for folder in list(parent.iterdir()):
         try:
             lock = os.open(folder / "lock", os.O_RDWR | os.O_NOFOLLOW)
         except OSError:
-            # Not ours, swept by another rank this moment, or just being made and without a lock yet.
+            # As above.
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

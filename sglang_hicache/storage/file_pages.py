@@ -2,10 +2,10 @@
 
     <root>/<namespace>/<first two digits of the key>/<key>.<head_start>-<head_end>.page
 
-Used by `file.py` (one namespace), by the evictor (all of them, folder by folder) and by whoever looks at a store that
-no server has open.  Ours is a regular file at such a path whose first bytes are our magic, or that is too short to
-hold them: a page that a power cut tore.  Whatever else lies under the root belongs to somebody else.  Nothing here
-writes, and no link is followed.
+and beside the namespaces what `OWN_NAMES` lists.  Used by `file.py` (one namespace), by the evictor (all of them, folder
+by folder) and by whoever looks at a store that no server has open.  Ours is a regular file at such a path whose first
+bytes are our magic, or that is too short to hold them: a page that a power cut tore.  Whatever else lies under the root
+belongs to somebody else.  Nothing here writes, and no link is followed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from sglang_hicache.storage.page_format import HEADER_BYTES, MAGIC, PageName
 
 #: Without O_NONBLOCK a named pipe in a page's place would hold a reader for ever.
 READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+
+#: What else the store keeps in its root: pages being written, bad pages, who may evict, and what was counted.
+TMP, QUARANTINE, EVICTOR_LOCK, USAGE = OWN_NAMES = ("tmp", "quarantine", "evictor.lock", "usage.json")
 
 #: Gone, or a link, a folder, a pipe or a socket has taken the place meanwhile.
 _NO_FILE = (errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO)
@@ -63,13 +66,19 @@ def walk_blocking(root: Path, namespace: str = "") -> Iterator[PageFile]:
                 yield found
 
 
-def folders_blocking(root: Path, namespace: str = "") -> Iterator[PageFolder]:
-    """The folders below a root that may hold pages."""
+def folders_blocking(root: Path, namespace: str = "", foreign: list[str] | None = None) -> Iterator[PageFolder]:
+    """The folders below a root that may hold pages; what else lies beside them is added to `foreign`."""
+    others = [] if foreign is None else foreign
     for space in sorted(entries_blocking(root), key=lambda entry: entry.name):
-        if _NAMESPACE.fullmatch(space.name) and namespace in ("", space.name) and _is_folder(space):
+        if not _NAMESPACE.fullmatch(space.name) or not _is_folder(space):
+            if space.name not in OWN_NAMES:
+                others.append(space.path)
+        elif namespace in ("", space.name):
             for fan_out in sorted(entries_blocking(space.path), key=lambda entry: entry.name):
                 if _FAN_OUT.fullmatch(fan_out.name) and _is_folder(fan_out):
                     yield PageFolder(fan_out.path, space.name)
+                else:
+                    others.append(fan_out.path)
 
 
 def entries_blocking(folder: str | Path) -> list[os.DirEntry[str]]:
