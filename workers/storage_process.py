@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import msgspec
 
@@ -33,8 +34,11 @@ from sglang_hicache.observe import learn_secrets, report_uncaught, start_logging
 from sglang_hicache.sockets import Poller, Pull, Push, ipc_address
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.backend import OpenContext, StorageBackend
-from sglang_hicache.storage.checked import CheckedStore
+from sglang_hicache.storage.checked import CheckedStore, Shared
+from sglang_hicache.storage.encryption import open_cipher_blocking
+from sglang_hicache.storage.negative import NegativeCache
 from sglang_hicache.storage.page_format import PageLayout, Part
+from sglang_hicache.storage.settings import store_settings
 from sglang_hicache.workers.storage_lanes import ClearOp, Lane, LookupOp, Op, ReadOp, WriteOp
 
 _logger = logging.getLogger(__name__)
@@ -128,20 +132,36 @@ class StatsClock:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class OpenStore:
+    """A backend that has passed its test, and what the lanes' stores have in common around it."""
+
+    backend: StorageBackend
+    shared: Shared
+
+    def info(self) -> dict[str, str]:
+        """What status pages show."""
+        return self.backend.info() | ({"encryption": "aes-256-gcm"} if self.shared.cipher else {})
+
+    def stats(self) -> dict[str, int]:
+        """Counters of this process."""
+        return self.backend.stats() | self.shared.counters.snapshot()
+
+
 class Supervisor:
     """The main thread: reads the rank's messages, feeds the lanes, sends what they report."""
 
-    def __init__(self, opened: wire.OpenBackend, backend: StorageBackend, pool: HostPool, pull: Pull, outbox: Outbox):
+    def __init__(self, opened: wire.OpenBackend, store: OpenStore, pool: HostPool, pull: Pull, outbox: Outbox):
         self._opened = opened
-        self._backend = backend
+        self._store = store
         self._pool = pool
         self._pull = pull
         self._outbox = outbox
         self._stats_clock = StatsClock()
         self._is_stopping = False
         layout = page_layout(opened)
-        self._prefetch_store = CheckedStore(backend, layout)
-        self._backup_store = CheckedStore(backend, layout)
+        self._prefetch_store = CheckedStore(store.backend, layout, store.shared)
+        self._backup_store = CheckedStore(store.backend, layout, store.shared)
         self._prefetch = Lane("prefetch", outbox.put, outbox.wake)
         self._backup = Lane("backup", outbox.put, outbox.wake)
 
@@ -176,7 +196,7 @@ class Supervisor:
         self._outbox.flush()
 
     def _tell_stats(self) -> None:
-        self._outbox.add(wire.BackendStats(epoch=self._opened.epoch, stats=self._backend.stats()))
+        self._outbox.add(wire.BackendStats(epoch=self._opened.epoch, stats=self._store.stats()))
 
     def _stop(self) -> None:
         if not self._is_stopping:
@@ -229,17 +249,20 @@ def page_layout(opened: wire.OpenBackend) -> PageLayout:
     return PageLayout(opened.namespace, opened.head_start, opened.head_end, parts)
 
 
-def open_backend_blocking(opened: wire.OpenBackend) -> StorageBackend:
+def open_store_blocking(opened: wire.OpenBackend) -> OpenStore:
     """Make the backend, open it, and see that it keeps what it is given.  Closed again if it does not."""
     _, settings = registry.validate_extra_config(opened.backend, opened.extra_config_json)
+    common = store_settings(opened.extra_config_json)
+    cipher = open_cipher_blocking(common.encryption)
+    shared = Shared(cipher, NegativeCache(time.monotonic, common.negative_ttl_s))
     context = OpenContext(rank=opened.rank, namespace=opened.namespace, page_bytes=opened.page_bytes)
     backend = registry.create(opened.backend, settings, context)
     with ExitStack() as undo:
         undo.callback(backend.close_blocking)
         backend.open_blocking()
-        CheckedStore(backend, page_layout(opened)).self_test_blocking(opened.rank)
+        CheckedStore(backend, page_layout(opened), shared).self_test_blocking(opened.rank)
         undo.pop_all()
-    return backend
+    return OpenStore(backend, shared)
 
 
 def exit_if_orphaned(parent_pid: int) -> None:
@@ -269,18 +292,18 @@ def serve_blocking(bootstrap: Bootstrap) -> int:
     pool = HostPool.attach(bootstrap.host_fd, opened.host_pages, opened.page_bytes)
     try:
         try:
-            backend = open_backend_blocking(opened)
+            store = open_store_blocking(opened)
         except Exception as error:  # process edge: whatever a backend's library throws is the answer of this attach
             reason = str(error) if isinstance(error, HiCacheError) else f"{type(error).__name__}: {error}"
             _logger.warning("cannot attach: %s", reason)
             push.send(wire.BackendOpenFailed(epoch=opened.epoch, reason=without_secrets(reason)))
             return EXIT_OPEN_FAILED
-        _logger.info("attached %r", backend, extra={"epoch": opened.epoch})
+        _logger.info("attached %r", store.backend, extra={"epoch": opened.epoch})
         outbox = Outbox(push)
-        outbox.put(wire.BackendOpened(epoch=opened.epoch, info=backend.info()))
-        Supervisor(opened, backend, pool, pull, outbox).run_blocking(bootstrap.parent_pid)
-        _logger.info("detached: %s", backend.stats())
-        backend.close_blocking()
+        outbox.put(wire.BackendOpened(epoch=opened.epoch, info=store.info()))
+        Supervisor(opened, store, pool, pull, outbox).run_blocking(bootstrap.parent_pid)
+        _logger.info("detached: %s", store.stats())
+        store.backend.close_blocking()
         return 0
     finally:
         pull.close()

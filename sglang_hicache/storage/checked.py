@@ -2,8 +2,11 @@
 
 One object per lane thread of a storage process, all over the same backend.  It turns whatever a backend returns into
 numbers that hold: `pages` counts whole, verified pages from the first one on.  A backend that answers None, too little
-or nonsense has failed the call (`StorageError`, reason "contract"), and a page that is corrupt is set aside, so that its
-name can be written again.  It keeps no thread, clock or socket of its own.
+or nonsense has failed the call (`StorageError`, reason "contract").  A page that is corrupt is set aside, so that its
+name can be written again.  A page that is there and cannot be read for another reason - a stale index, a fault that
+stays, another encryption key - ends look-ups for a while and is replaced when it is written.  Neither poisons its key.
+
+It keeps no thread or socket of its own.  Encrypted pages are made in a buffer of the lane, never in the host pool.
 """
 
 from __future__ import annotations
@@ -11,13 +14,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from sglang_hicache.errors import StorageError
+from sglang_hicache.observe import SharedCounters
 from sglang_hicache.storage.backend import PageOutcome, PageResult, StorageBackend
-from sglang_hicache.storage.page_format import IncomingPage, OutgoingPage, PageLayout, Part, Verdict
+from sglang_hicache.storage.negative import NegativeCache
+from sglang_hicache.storage.page_format import Cipher, IncomingPage, OutgoingPage, PageLayout, Part, Verdict
+from sglang_hicache.storage.settings import StoreSettings
 
 _logger = logging.getLogger(__name__)
 
@@ -42,17 +49,42 @@ class BatchResult:
     reason: str = ""
 
 
+def _negative_cache() -> NegativeCache:
+    return NegativeCache(time.monotonic, StoreSettings().negative_ttl_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the stores of one process have in common."""
+
+    #: None: pages are stored as they are.
+    cipher: Cipher | None = None
+    negative: NegativeCache = field(default_factory=_negative_cache)
+    counters: SharedCounters = field(default_factory=SharedCounters)
+
+
 class CheckedStore:
     """A backend behind its contract."""
 
-    def __init__(self, backend: StorageBackend, layout: PageLayout) -> None:
+    def __init__(self, backend: StorageBackend, layout: PageLayout, shared: Shared | None = None) -> None:
         self._backend = backend
         self._layout = layout
+        self._shared = shared or Shared()
+        self._negative = self._shared.negative
+        #: Pages and bytes that went either way, and everything that went wrong.
+        self.counters = self._shared.counters
+        #: Encrypted pages of one batch; as large as the largest batch so far.
+        self._ciphertext = bytearray()
 
     def lookup_blocking(self, keys: Sequence[bytes]) -> int:
-        """How many pages from the first on the store says it has."""
-        names = [self._layout.name(key) for key in keys]
-        return _count(self._backend.exists_blocking(names), "exists", len(names))
+        """How many pages from the first on the store says it has, up to one that it has failed to give."""
+        promising = self._negative.readable(keys)
+        names = [self._layout.name(key) for key in keys[:promising]]
+        found = self._count(self._backend.exists_blocking(names), "exists", promising) if names else 0
+        self.counters.add("lookup_pages", found)
+        if found == promising < len(keys):
+            self.counters.add("negative_hits")
+        return found
 
     def read_blocking(
         self, keys: Sequence[bytes], payloads: Sequence[memoryview], previous: bytes = b""
@@ -62,16 +94,23 @@ class CheckedStore:
         going_on = (PageResult.HIT, PageResult.WRONG_SIZE)
         outcomes, stopped = self._repeat("read", self._backend.read_blocking, pages, going_on)
         whole, corrupt, reason = len(outcomes), 0, _reason(stopped)
+        if stopped is not None:
+            # A look-up came before this read and was told that the page is there.
+            self._negative.add(keys[whole])
         # Pages behind the first wrong one do not count, but are judged all the same: a store that has many of them
         # would otherwise lose one per request, and every request in between would read and refuse.
         for index, outcome in enumerate(outcomes):
-            wrong = _wrong(pages[index], outcome, keys[index - 1] if index else previous)
-            if not wrong:
+            wrong = _wrong(pages[index], outcome, keys[index - 1] if index else previous, self._shared.cipher)
+            if wrong is None:
                 continue
-            if not corrupt:
-                whole, reason = index, f"corrupt: {wrong}"
-            corrupt += 1
+            is_corrupt = wrong is not Verdict.OTHER_KEY
+            if index < whole:
+                whole, reason = index, f"{'corrupt' if is_corrupt else 'other_key'}: {wrong.value}"
+            corrupt += is_corrupt
             self._remove(pages[index], wrong)
+        self._negative.discard(keys[:whole])
+        self.counters.add("read_pages", whole)
+        self.counters.add("read_bytes", whole * self._layout.payload_bytes)
         return BatchResult(whole, corrupt, reason)
 
     def write_blocking(
@@ -89,9 +128,16 @@ class CheckedStore:
             OutgoingPage(self._layout, key, payload, parents[index], depth + index, tenant)
             for index, (key, payload) in enumerate(zip(keys, payloads, strict=True))
         ]
-        good = (PageResult.WRITTEN, PageResult.PRESENT)
-        written, stopped = self._repeat("write", self._backend.write_blocking, pages, good)
-        return BatchResult(len(written), reason=_reason(stopped))
+        self._encrypt(pages)
+        outcomes, stopped = self._write(pages)
+        if self._negative:
+            outcomes, stopped = self._replace(pages, outcomes, stopped)
+            self._negative.discard([key for key, outcome in zip(keys, outcomes) if outcome is PageResult.WRITTEN])
+        written = outcomes.count(PageResult.WRITTEN)
+        self.counters.add("written_pages", written)
+        self.counters.add("written_bytes", written * self._layout.payload_bytes)
+        self.counters.add("present_pages", len(outcomes) - written)
+        return BatchResult(len(outcomes), reason=_reason(stopped))
 
     def touch_blocking(self, keys: Sequence[bytes]) -> None:
         """Pages were used.  A failure is told to the log only: the pages were read all the same."""
@@ -102,14 +148,14 @@ class CheckedStore:
 
     def clear_blocking(self) -> int:
         """Remove all pages of the own namespace; how many there were."""
-        return _count(self._backend.clear_blocking(self._layout.namespace), "clear", None)
+        return self._count(self._backend.clear_blocking(self._layout.namespace), "clear", None)
 
     def self_test_blocking(self, rank: int) -> None:
         """Write, find, read back, compare and delete one page that nobody else can mean."""
         layout = PageLayout(
             self._layout.namespace, self._layout.head_start, self._layout.head_end, (Part("kv", _SELF_TEST_BYTES),)
         )
-        own = CheckedStore(self._backend, layout)
+        own = CheckedStore(self._backend, layout, Shared(self._shared.cipher))
         key = hashlib.sha256(b"self-test" + secrets.token_bytes(16) + rank.to_bytes(4, "little")).digest()
         content = secrets.token_bytes(_SELF_TEST_BYTES)
         target = bytearray(_SELF_TEST_BYTES)
@@ -120,7 +166,8 @@ class CheckedStore:
         read = own.read_blocking([key], [memoryview(target)])
         _expect(read.pages, 1, f"could not read back what it has written ({read.reason})")
         _expect(bytes(target), content, "read back other bytes than it has written")
-        _expect(_count(self._backend.delete_blocking([layout.name(key)]), "delete", 1), 1, "deletes nothing")
+        deleted = self._count(self._backend.delete_blocking([layout.name(key)]), "delete", 1)
+        _expect(deleted, 1, "deletes nothing")
         _expect(own.lookup_blocking([key]), 0, "still finds a page that was deleted")
 
     def _repeat(
@@ -134,16 +181,20 @@ class CheckedStore:
         page on, and what stopped the rest."""
         done: list[PageOutcome] = []
         stopped: PageOutcome | None = None
-        for _ in range(ATTEMPTS):
-            outcomes = _call(call_name, call, pages[len(done) :])
+        for attempt in range(ATTEMPTS):
+            outcomes = self._call(call_name, call, pages[len(done) :])
             gained = next((i for i, outcome in enumerate(outcomes) if outcome not in good), len(outcomes))
             done += outcomes[:gained]
+            if attempt:
+                self.counters.add("retried_calls")
             if len(done) == len(pages):
+                if attempt:
+                    self.counters.add("recovered_calls")
                 return done, None
             if gained == len(outcomes):
                 if outcomes and outcomes[-1] is PageResult.WRONG_SIZE:
                     return done, None  # a backend may stop there
-                raise StorageError(f"{call_name} answered for {gained} pages and says nothing of the rest", "contract")
+                raise self._broken(f"{call_name} answered for {gained} pages and says nothing of the rest")
             stopped = outcomes[gained]
             if not isinstance(stopped, StorageError) or stopped.reason != "io":
                 break
@@ -151,44 +202,97 @@ class CheckedStore:
                 page.restart()
         return done, stopped
 
-    def _remove(self, page: IncomingPage, wrong: str) -> None:
+    def _write(self, pages: list[OutgoingPage]) -> tuple[list[PageOutcome], PageOutcome | None]:
+        good = (PageResult.WRITTEN, PageResult.PRESENT)
+        return self._repeat("write", self._backend.write_blocking, pages, good)
+
+    def _replace(
+        self, pages: list[OutgoingPage], outcomes: list[PageOutcome], stopped: PageOutcome | None
+    ) -> tuple[list[PageOutcome], PageOutcome | None]:
+        """What a write comes to when pages that were there, and are known to be unreadable, give way to ours."""
+        for index, outcome in enumerate(outcomes):
+            page = pages[index]
+            if outcome is not PageResult.PRESENT or page.name.key not in self._negative:
+                continue
+            try:
+                self._backend.delete_blocking([page.name])
+            except StorageError as error:
+                return outcomes[:index], error
+            page.restart()
+            again, failed = self._write([page])
+            if failed is not None:
+                return outcomes[:index], failed
+            outcomes[index] = again[0]
+            self.counters.add("replaced_pages")
+        return outcomes, stopped
+
+    def _encrypt(self, pages: list[OutgoingPage]) -> None:
+        """Each page to a place of its own: a backend may write them side by side, and one of them twice."""
+        cipher, size = self._shared.cipher, self._layout.payload_bytes
+        if cipher is None:
+            return
+        if len(self._ciphertext) < len(pages) * size:
+            self._ciphertext = bytearray(len(pages) * size)
+        room = memoryview(self._ciphertext)
+        for index, page in enumerate(pages):
+            page.encrypt(cipher, room[index * size : (index + 1) * size])
+
+    def _remove(self, page: IncomingPage, wrong: Verdict | PageResult) -> None:
         """Take a bad page out of every reader's way: left there it would be found, read and refused for ever."""
-        _logger.warning("page %s is corrupt (%s); it is set aside", page.name, wrong)
+        if wrong is Verdict.OTHER_KEY:
+            # Whole, and somebody's: it stays until we have a page for its place.
+            self._negative.add(page.name.key)
+            self.counters.add("other_key_pages")
+            return
+        self.counters.add("corrupt_pages")
+        _logger.warning("page %s is corrupt (%s); it is set aside", page.name, wrong.value)
         try:
-            self._backend.set_aside_blocking(page.name)
+            is_gone = self._backend.set_aside_blocking(page.name) is True
         except StorageError as error:
+            is_gone = False
             _logger.warning("corrupt page %s cannot be set aside: %s", page.name, error)
+        if is_gone:
+            self.counters.add("set_aside_pages")
+        else:
+            self._negative.add(page.name.key)
+
+    def _call(
+        self, name: str, call: Callable[[Sequence[_Page]], list[PageOutcome]], pages: Sequence[_Page]
+    ) -> list[PageOutcome]:
+        """One call; a fault of the whole call is a fault of its first page."""
+        try:
+            outcomes = call(pages)
+        except StorageError as error:
+            return [error]
+        if not isinstance(outcomes, list) or len(outcomes) > len(pages):
+            raise self._broken(f"{name} of {len(pages)} pages answered {_short(outcomes)}")
+        for outcome in outcomes:
+            if not isinstance(outcome, (PageResult, StorageError)):
+                raise self._broken(f"{name} answered {_short(outcome)} for a page")
+        return outcomes
+
+    def _count(self, answer: Any, name: str, limit: int | None) -> int:
+        """A number of pages, or the backend has broken its contract."""
+        is_number = isinstance(answer, int) and not isinstance(answer, bool)
+        if not is_number or answer < 0 or (limit is not None and answer > limit):
+            raise self._broken(f"{name} answered {_short(answer)}, not a number of pages")
+        return answer
+
+    def _broken(self, complaint: str) -> StorageError:
+        self.counters.add("contract_faults")
+        return StorageError(complaint, "contract")
 
 
-def _call(name: str, call: Callable[[Sequence[_Page]], list[PageOutcome]], pages: Sequence[_Page]) -> list[PageOutcome]:
-    """One call; a fault of the whole call is a fault of its first page."""
-    try:
-        outcomes = call(pages)
-    except StorageError as error:
-        return [error]
-    if not isinstance(outcomes, list) or len(outcomes) > len(pages):
-        raise StorageError(f"{name} of {len(pages)} pages answered {_short(outcomes)}", "contract")
-    for outcome in outcomes:
-        if not isinstance(outcome, (PageResult, StorageError)):
-            raise StorageError(f"{name} answered {_short(outcome)} for a page", "contract")
-    return outcomes
-
-
-def _wrong(page: IncomingPage, outcome: PageOutcome, previous: bytes) -> str:
-    """What is wrong with a page that was read: "" if it is good and follows the page before it."""
+def _wrong(
+    page: IncomingPage, outcome: PageOutcome, previous: bytes, cipher: Cipher | None
+) -> Verdict | PageResult | None:
+    """What is wrong with a page that was read: None if it is good and follows the page before it."""
     if outcome is PageResult.WRONG_SIZE:
-        return outcome.value
-    verdict = page.judge()
-    if verdict is Verdict.GOOD and previous and page.parent != previous:
-        verdict = Verdict.OTHER_PAGE
-    return "" if verdict is Verdict.GOOD else verdict.value
-
-
-def _count(answer: Any, name: str, limit: int | None) -> int:
-    """A number of pages, or the backend has broken its contract."""
-    if isinstance(answer, bool) or not isinstance(answer, int) or answer < 0 or (limit is not None and answer > limit):
-        raise StorageError(f"{name} answered {_short(answer)}, not a number of pages", "contract")
-    return answer
+        return PageResult.WRONG_SIZE
+    verdict = page.judge(cipher)
+    if verdict is not Verdict.GOOD:
+        return verdict
+    return Verdict.OTHER_PAGE if previous and page.parent != previous else None
 
 
 def _reason(stopped: PageOutcome | None) -> str:

@@ -17,6 +17,7 @@ import msgspec
 from sglang_hicache.errors import UserError
 from sglang_hicache.storage.backend import OpenContext, StorageBackend
 from sglang_hicache.storage.settings import (
+    COMMON_KEYS,
     BackendSettings,
     FaultySettings,
     FileSettings,
@@ -95,8 +96,8 @@ def _convert(found: BackendSpec, config: dict[str, Any]) -> BackendSettings:
     takes = f"{found.name} takes {', '.join(allowed)}" if allowed else f"{found.name} takes no extra config"
     unknown = sorted(set(config) - set(allowed))
     if unknown:
-        own = ", ".join(PrefetchSettings.__struct_fields__)
-        raise UserError(f"unknown extra config {', '.join(map(repr, unknown))}; {takes} (and every backend {own})")
+        common = ", ".join(COMMON_KEYS)
+        raise UserError(f"unknown extra config {', '.join(map(repr, unknown))}; {takes} (and every backend {common})")
     try:
         settings = msgspec.convert(config, found.settings)
     except msgspec.ValidationError as error:

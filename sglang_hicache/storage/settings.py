@@ -31,6 +31,26 @@ class PrefetchSettings(msgspec.Struct, frozen=True, kw_only=True):
     hicache_storage_pass_prefix_keys: bool = False
 
 
+class EncryptionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Encryption of stored pages."""
+
+    #: Absolute path of a file with 32 random bytes (or these in hexadecimal or base64) that only this user may read.
+    key_file: str
+
+
+class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the storage process does around any backend; the backend never sees it."""
+
+    #: Pages are encrypted before the backend gets them; null: they are not.
+    encryption: EncryptionSettings | None = None
+    #: Seconds for which a page that the store names but does not give is not asked for again; 0: never mind.
+    negative_ttl_s: float = 60.0
+
+
+#: What every backend's extra config may hold.
+COMMON_KEYS = (*PrefetchSettings.__struct_fields__, *StoreSettings.__struct_fields__)
+
+
 class BackendSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of the record that a backend gets."""
 
@@ -107,6 +127,16 @@ class FaultySettings(BackendSettings, frozen=True, kw_only=True):
 
 def split_extra_config(text: str | None) -> tuple[PrefetchSettings, dict[str, Any]]:
     """The controller's four keys, checked, and what is left for the backend."""
+    prefetch, _, config = _divide(text)
+    return prefetch, config
+
+
+def store_settings(text: str | None) -> StoreSettings:
+    """The keys of the storage process, checked."""
+    return _divide(text)[1]
+
+
+def _divide(text: str | None) -> tuple[PrefetchSettings, StoreSettings, dict[str, Any]]:
     size_bytes = len(text.encode()) if text else 0
     if size_bytes > LARGEST_CONFIG_BYTES:
         raise UserError(f"the extra config is {size_bytes} bytes long; at most {LARGEST_CONFIG_BYTES} are allowed")
@@ -116,14 +146,28 @@ def split_extra_config(text: str | None) -> tuple[PrefetchSettings, dict[str, An
         raise UserError(f"the extra config is not valid JSON ({error}); give one JSON object") from error
     if not isinstance(config, dict):
         raise UserError(f"the extra config is a JSON {type(config).__name__}; give one JSON object like {{}}")
-    own = {name: config.pop(name) for name in PrefetchSettings.__struct_fields__ if name in config}
+    own = {name: config.pop(name) for name in COMMON_KEYS if name in config}
     for name, value in own.items():
-        _check_prefetch(name, value)
-    return msgspec.convert(own, PrefetchSettings), config
+        if name == "encryption":
+            _check_encryption(value)
+        else:
+            _check_number(name, value)
+    return msgspec.convert(own, PrefetchSettings), msgspec.convert(own, StoreSettings), config
 
 
-def _check_prefetch(name: str, value: Any) -> None:
-    """One of the controller's keys: type and range."""
+def _check_encryption(value: Any) -> None:
+    """Says what is wrong without repeating it: somebody may have given the key where its file belongs."""
+    takes = 'it takes {"key_file": "<absolute path>"}'
+    try:
+        settings = msgspec.convert(value, EncryptionSettings | None)
+    except msgspec.ValidationError as error:
+        raise UserError(f"extra config encryption: {error}; {takes}") from error
+    if settings and (not settings.key_file.startswith("/") or "\0" in settings.key_file):
+        raise UserError(f"extra config encryption.key_file is no absolute path; {takes}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    """One of the other common keys: type and range."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if name == "hicache_storage_pass_prefix_keys":
         fits, allowed = isinstance(value, bool), "true or false"

@@ -61,7 +61,7 @@ def test_damage_at_any_byte_is_a_miss(check: Callable[[Make], None], which: str,
 
 @pytest.mark.parametrize(("call", "kind"), [("read", "flip"), ("write", "duplicate"), ("read", "short")])
 def test_a_store_that_trusts_its_backend_is_noticed(call: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checked, "_wrong", lambda *_: "")
+    monkeypatch.setattr(checked, "_wrong", lambda *_: None)
     with pytest.raises(ContractBroken):
         check_sabotaged(lambda: pages.backend("memory", {}), call, kind)
 
