@@ -8,8 +8,8 @@ belongs to another prompt fits, but gives other ids than `reference`, which comp
 
 Used like any `Worker`, by its scheduler on one thread.  Host pages hold real bytes when there is a `HostPool`,
 the whole page filled and sealed, so that storage processes move something that can be torn or mistaken.  With
-`holds_copies` a copy is finished only when a test says so: like on a device, the forward already works with what was
-loaded, while the host pages still belong to the copy.
+`holds_copies` a copy is finished only when a test says so, the oldest first: like on a device, the forward already
+works with what was loaded, while the host pages still belong to the copy.
 """
 
 from __future__ import annotations
@@ -170,7 +170,12 @@ class SyntheticWorker:
         self._start(op_id, _Copy(True, tuple(host_pages), contents))
 
     def copy_in(self, op_id: int, device_pages: Sequence[int], host_pages: Sequence[int]) -> None:
-        contents = tuple(self._host.read(page) for page in host_pages)
+        # Queued behind the copies out that are under way, which fill their pages first.
+        landing: dict[int, PageContent] = {}
+        for copy in self._held.values():
+            if copy.is_out:
+                landing |= dict(zip(copy.host_pages, copy.contents, strict=True))
+        contents = tuple(landing.get(page) or self._host.read(page) for page in host_pages)
         for page, content in zip(device_pages, contents, strict=True):
             self._check_device_page(page)
             self._device[page] = _DevicePage(content)
@@ -293,7 +298,7 @@ class SyntheticWorker:
             raise IntegrityError(f"copy {op_id} was started twice")
         for other_id, other in self._held.items():
             shared = set(copy.host_pages) & set(other.host_pages)
-            if shared and (copy.is_out or other.is_out):
+            if shared and copy.is_out:
                 raise IntegrityError(f"host page {min(shared)} of copy {op_id} still belongs to copy {other_id}")
         self._held[op_id] = copy
         if not self._holds_copies:

@@ -228,11 +228,20 @@ def test_a_held_copy_out_keeps_what_it_was_given_and_delivers_late(host: HostPoo
     assert worker.held_copies() == [5]
     assert worker.finished_copies() == []
     with pytest.raises(IntegrityError, match="host page 0 holds wrong bytes"):
-        worker.copy_in(6, [7], [0])  # published before it was there
+        worker.host_content(0)  # published before it was there
+    worker.copy_in(6, [7], [0])  # queued behind the copy that fills the page
     worker.finish_copy(5)
-    assert worker.finished_copies() == [5]
+    worker.finish_copy(6)
+    assert worker.finished_copies() == [5, 6]
     worker.copy_in(7, [7], [0])
     assert run(worker, PROMPT, 4, [7, 8, 9]) == worker.reference(PROMPT, 1)[0]
+
+
+def test_the_reference_page_is_what_a_copy_brings(host: HostPool) -> None:
+    worker = make(host=host)
+    run(worker, PROMPT, 0, [1, 2, 3])
+    worker.copy_out(5, [2], [0])
+    assert bytes(host.page(0)) == worker.reference_page(PROMPT[:8])
 
 
 def test_fm37_a_host_page_given_away_during_a_copy_is_noticed(host: HostPool) -> None:
