@@ -16,6 +16,7 @@ from typing import Any
 from sglang_hicache.errors import UserError
 
 SUFFIXES = (".json", ".toml", ".yaml", ".yml")
+_DEEPEST_YAML = 50
 
 #: More than any extra config may have.
 LARGEST_FILE_BYTES = 256 * 1024
@@ -90,9 +91,15 @@ def _read(path: Path, below: str | None) -> Any:
     import yaml  # lazy door: few use it, and every process that reads a config would load it
 
     try:
-        # Ten lines of aliases of aliases are a billion entries as soon as they are written out.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise UserError(f"{path} uses YAML aliases, which are not supported here")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            # Ten lines of aliases of aliases are a billion entries as soon as they are written out.
+            if isinstance(event, yaml.AliasEvent):
+                raise UserError(f"{path} uses YAML aliases, which are not supported here")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            # Its time grows with the square of the depth: a file of brackets would hold the server for minutes.
+            if depth > _DEEPEST_YAML:
+                raise UserError(f"{path} is nested more than {_DEEPEST_YAML} deep, which is not supported here")
         return yaml.safe_load(text)
     except (RecursionError, ValueError):
         raise UserError(

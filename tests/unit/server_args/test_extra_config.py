@@ -92,9 +92,9 @@ def test_yaml_that_explodes_or_nests_is_refused_at_once(tmp_path):
     bomb = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
         f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
     )
-    started = time.monotonic()
+    started = time.process_time()  # what a neighbour takes does not count
     for name, text in (("bomb.yaml", bomb), ("deep.yaml", "[" * 5000), ("date.yaml", "a: 2026-99-99")):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError):
             extra_config_json(f"@{tmp_path / name}")
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 2
