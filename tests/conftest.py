@@ -23,7 +23,7 @@ hypothesis.settings.register_profile("house", derandomize=True, deadline=None, p
 hypothesis.settings.load_profile("house")
 
 #: A thread or process that was told to end gets this long to be gone; only a failing test ever waits it out.
-GRACE_S = 5.0
+GRACE_S = 20.0
 
 
 def _descriptors() -> dict[int, str]:

@@ -71,7 +71,7 @@ def make_config(model: Path, *, tp_size: int = 2, **http: Any) -> ServerConfig:
         ),
         pool=PoolConfig(device_tokens=4096, host_tokens=8192),
         cache=CacheConfig(hierarchical=True),
-        storage=StorageConfig(attach_timeout_s=0.05, drain_timeout_s=0.05),
+        storage=StorageConfig(attach_timeout_s=0.3, drain_timeout_s=0.3),
         scheduler=SchedulerConfig(),
         http=HttpConfig(**{"admin_api_key": ADMIN_KEY} | http),
         tp_size=tp_size,
@@ -109,7 +109,7 @@ class FakeServer:
         self.generate: Callable[[wire.NewRequest], list[wire.RequestOutput] | None] = echo
         self.codec = codec = TextCodec(config.model)
         self.requests = RequestManager(self.ports[0], codec.tokenizer_path)
-        self.desk = RanksDesk(self.ports, grace_s=0.05, status_timeout_s=0.1)
+        self.desk = RanksDesk(self.ports, grace_s=0.3, status_timeout_s=0.5)
         self.state = ServerState.READY
         self.lifecycle = Lifecycle(lambda: self.state)
         self.lifecycle.phase = Phase.SERVING

@@ -80,7 +80,7 @@ def test_hanging_up_aborts_a_request_that_waits(server: FakeServer, path: str, b
         assert server.commands(wire.AbortRequest) == [wire.AbortRequest(rid=request.rid)]
         assert server.requests.in_flight == 0
 
-    server.run(asyncio.wait_for(scenario(), 10))
+    server.run(asyncio.wait_for(scenario(), 60))
 
 
 def test_hanging_up_in_the_middle_of_a_stream_aborts(server: FakeServer) -> None:
@@ -94,7 +94,7 @@ def test_hanging_up_in_the_middle_of_a_stream_aborts(server: FakeServer) -> None
         assert len(server.commands(wire.AbortRequest)) == 2
         assert server.requests.in_flight == 0
 
-    server.run(asyncio.wait_for(scenario(), 10))
+    server.run(asyncio.wait_for(scenario(), 60))
 
 
 def test_a_finished_request_is_not_aborted(server: FakeServer) -> None:
@@ -128,7 +128,7 @@ def test_rid_in_flight_is_refused_and_free_again_afterwards(server: FakeServer) 
         assert answer["output_ids"] == [66]
         assert answer["meta_info"]["id"] == "mine"
 
-    server.run(asyncio.wait_for(scenario(), 10))
+    server.run(asyncio.wait_for(scenario(), 60))
 
 
 @pytest.mark.parametrize("body", [{"rid": "mine"}, {"abort_all": True}])
@@ -146,7 +146,7 @@ def test_abort_request_ends_it_with_what_there_is(server: FakeServer, body: dict
         assert answer["meta_info"]["finish_reason"]["type"] == "abort"
         assert len(server.commands(wire.AbortRequest)) == 1
 
-    server.run(asyncio.wait_for(scenario(), 10))
+    server.run(asyncio.wait_for(scenario(), 60))
 
 
 def test_abort_request_of_an_unknown_id_is_harmless(server: FakeServer) -> None:

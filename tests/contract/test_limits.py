@@ -16,7 +16,7 @@ from sglang_hicache.tokenizer.intake import LONGEST_NAME, MOST_PROMPTS, MOST_STO
 from tests.contract.fake_server import FakeServer, make_config
 
 #: Far beyond what any of these tests needs.
-PATIENCE_S = 20
+PATIENCE_S = 60
 
 
 def generate(server: FakeServer, **fields: Any) -> Any:

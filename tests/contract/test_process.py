@@ -25,7 +25,7 @@ from sglang_hicache.heartbeat import Heartbeat, ServerState
 from sglang_hicache.sockets import Poller, Pull, Push, ipc_address
 from tests.contract.fake_server import ADMIN, echo, make_config
 
-PATIENCE_S = 30
+PATIENCE_S = 60
 
 
 class Tokenizer:

@@ -17,7 +17,7 @@ SCRIPTS = [ROOT / "scripts" / name for name in ("install", "lint", "test", "serv
 def test_script_is_strict_and_executable(script: Path) -> None:
     assert os.access(script, os.X_OK)
     assert "set -euo pipefail" in script.read_text(encoding="utf-8")
-    subprocess.run(["bash", "-n", script], check=True, timeout=10)
+    subprocess.run(["bash", "-n", script], check=True, timeout=60)
 
 
 def test_ci_runs_what_people_run() -> None:
@@ -27,15 +27,6 @@ def test_ci_runs_what_people_run() -> None:
         if line and not line.startswith(("#", "set "))
     ]
     assert len(commands) == 1 and "scripts/test" in commands[0]
-
-
-def test_install_again_is_quick_and_changes_nothing() -> None:
-    """The second call must not even start Python: this limit is far below that of one pip call."""
-    subprocess.run([ROOT / "scripts" / "install"], check=True, timeout=60, cwd="/")
-    done = subprocess.run(
-        [ROOT / "scripts" / "install"], check=True, timeout=2, cwd="/", capture_output=True, text=True
-    )
-    assert done.stdout == "" and done.stderr == ""
 
 
 @pytest.fixture
@@ -61,9 +52,16 @@ def copy_with_a_space(tmp_path: Path) -> Path:
     return root
 
 
+def test_install_again_changes_nothing(copy_with_a_space: Path) -> None:
+    """Not even Python starts: the one in the copy would print its arguments."""
+    command = [copy_with_a_space / "scripts" / "install"]
+    done = subprocess.run(command, check=True, cwd="/", capture_output=True, text=True)
+    assert done.stdout == "" and done.stderr == ""
+
+
 def _last_line(root: Path, *arguments: str) -> str:
     command = [root / "scripts" / "test", *arguments]
-    return subprocess.run(command, cwd="/", capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()[
+    return subprocess.run(command, cwd="/", capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()[
         -1
     ]
 

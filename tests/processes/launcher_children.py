@@ -103,7 +103,8 @@ def launch(scenario: str, folder: str) -> int:
     os.environ["FAKE_FOLDER"] = tempfile.mkdtemp(dir=folder)
     for number in range(CONFIG.tp_size):
         os.mkfifo(way_out(number))
-    supervisor.STOP_MARGIN_S = float(os.environ.get("FAKE_MARGIN_S", "10"))
+    supervisor.STOP_MARGIN_S = float(os.environ.get("FAKE_MARGIN_S", "300"))
+    supervisor.FAILING_GRACE_S = 30.0  # it ends with the tokenizer, which a busy machine may not run at once
     start_logging("launcher", CONFIG.log, child.secrets_of(CONFIG))
     one = supervisor.Supervisor(CONFIG, {}, lambda name: [sys.executable, __file__, name.split()[0], scenario])
     return one.run_blocking()

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("launcher_children.py")
 
 #: Upper bound of every wait in this file: reached only when a test fails.
-FAIL_S = 30
+FAIL_S = 60
 SECRET = "fake-admin-key"
 
 
@@ -115,11 +115,12 @@ def test_a_rank_that_dies_stops_the_server_in_order(launch):
     ],
 )
 def test_a_rank_that_ends_by_itself_stops_the_server(launch, scenario, why):
-    """The tokenizer may end its streams first: it is told, and sees that the server is failing."""
+    """The tokenizer may end its streams first: it is told, and sees that the server is failing.
+
+    An ordinary stop would wait for ranks that do not leave, here far longer than `finish` waits.
+    """
     server = launch(scenario)
-    began = time.monotonic()
     assert server.finish() == 1
-    assert time.monotonic() - began < 10
     assert re.search(why + r".*; stopping the server", server.text)
     if "tokenizer is ready" in server.text:
         assert "tokenizer saw FAILING" in server.text
@@ -178,7 +179,8 @@ def test_ranks_that_do_not_leave_in_time_are_named_and_killed(launch, monkeypatc
     server.read_until(r"ready: http")
     server.process.send_signal(signal.SIGTERM)
     assert server.finish() == 1
-    assert "rank 0, rank 1 did not stop in time; stopping the server" in server.text
+    # On a busy machine the tokenizer may need longer than that, too.
+    assert re.search("rank 0, rank 1(, tokenizer)? did not stop in time; stopping the server", server.text)
 
 
 def test_a_signal_before_the_server_is_ready_ends_it(launch):

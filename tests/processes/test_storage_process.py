@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from sglang_hicache.errors import UserError
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.faulty import Gate
 from sglang_hicache.workers.storage_client import StorageClient
-from tests.processes.storage_world import HOST_PAGES, NAMESPACE, PAGE_BYTES, Rank, keys
+from tests.processes.storage_world import HOST_PAGES, NAMESPACE, PAGE_BYTES, PATIENCE_S, Rank, keys
 
 Start = Callable[..., Rank]
 
@@ -315,16 +314,14 @@ class TestEnd:
         gate.go()
         assert rank.exit_status() == 0
 
-    def test_fm13_hung_backend_is_killed_within_two_seconds(self, start: Start, gate: Gate) -> None:
+    def test_fm13_hung_backend_is_killed_whatever_it_does(self, start: Start, gate: Gate) -> None:
         rank = _started(start, "faulty", _faulty("read", "hold", first=1, gate=str(gate.folder)))
         rank.read(1, 3)
         gate.wait_inside_blocking()
         rank.client.stop()
         assert not rank.client.exited()
-        begin = time.monotonic()
         rank.client.kill()
         assert rank.exit_status() == -signal.SIGKILL
-        assert time.monotonic() - begin < 2.0
 
     def test_death_is_seen_without_a_message(self, start: Start) -> None:
         rank = _started(start, "faulty", _faulty("write", "crash", first=1))
@@ -366,7 +363,7 @@ class TestEnd:
         rank.kill()
         rank.wait()
         try:
-            assert _ended_within(pidfd, 5.0)
+            assert _ended_within(pidfd, PATIENCE_S)
         finally:
             os.close(pidfd)
             rank.stdin.close()

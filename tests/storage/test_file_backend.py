@@ -332,14 +332,14 @@ class TestSharedReads:
 
         def held(*args: Any) -> int:
             reading.set()
-            assert go_on.wait(10)
+            assert go_on.wait(60)
             order.append("read")
             return preadv(*args)
 
         monkeypatch.setattr(os, "preadv", held)
         caller = threading.Thread(target=lambda: (_read(backend, 64), order.append("returned")))
         caller.start()
-        assert reading.wait(10)
+        assert reading.wait(60)
         go_on.set()
         caller.join()
         assert order == ["read"] * 32 + ["returned"]

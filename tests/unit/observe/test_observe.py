@@ -149,7 +149,7 @@ def test_a_number_is_hidden_where_it_stands_alone():
 def test_very_many_secrets_and_very_long_texts_cost_little():
     redact = Redaction(f"secret-{number:06}" for number in range(3000))
     assert redact("secret-002999 secret-000000") == "*** secret-000000"
-    started = time.monotonic()
+    started = time.process_time()  # what a neighbour takes does not count
     for text in (
         "://" * 100_000,
         "a@" * 100_000,
@@ -160,7 +160,7 @@ def test_very_many_secrets_and_very_long_texts_cost_little():
     ):
         Redaction()(text)
         redacted({"a" + text: "x"})
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("form", ["text", "json"])

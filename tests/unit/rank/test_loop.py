@@ -59,7 +59,7 @@ class Rank:
         poller, received = Poller(), []
         poller.register(self.from_rank)
         while END not in received:
-            assert poller.wait(10_000), f"the end never came after {received}"
+            assert poller.wait(60_000), f"the end never came after {received}"
             received += self.from_rank.receive_all()
         return received[:-1]
 

@@ -13,7 +13,7 @@ from sglang_hicache.scheduler.storage_driver import Facts
 from sglang_hicache.sockets import Poller, Push, ipc_address
 
 #: Upper bound of every wait in this file: reached only when a test fails.
-FAIL_MS = 10_000
+FAIL_MS = 60_000
 
 
 class Pair:

@@ -10,7 +10,7 @@ from sglang_hicache.errors import ProtocolError, UserError
 from sglang_hicache.sockets import Poller, Pull, Push, ipc_address
 
 #: Upper bound of every wait in this file: reached only when a test fails.
-FAIL_MS = 10_000
+FAIL_MS = 60_000
 
 
 @pytest.fixture
