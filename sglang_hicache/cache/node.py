@@ -1,13 +1,15 @@
 """One node of the prefix tree: a run of whole pages that every sequence through it shares.
 
 A node is plain data that the tree, its residency and its eviction queues keep consistent; nobody else
-assigns its fields, except the controller for `hit_count` and `stored`.  Scheduler thread only.
+assigns its fields, except the controller for `hit_count` and the backup for `stored` and `lost`.  Scheduler
+thread only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sglang_hicache.cache.loss import Loss
 from sglang_hicache.cache.page import flat_page_keys
 
 
@@ -29,6 +31,7 @@ class Node:
         "keys",
         "landing",
         "last_access",
+        "lost",
         "page_count",
         "parent",
         "priority",
@@ -59,6 +62,9 @@ class Node:
         self.landing = 0
         #: (epoch, store generation) in which every rank closed the write of these pages; a hint.
         self.stored: tuple[int, int] | None = None
+        #: Why the store does not have these pages although it should; None: nobody has given them up.  Counted once,
+        #: and taken back when they are stored after all.
+        self.lost: Loss | None = None
         #: Requests that inserted this prefix, counted by the controller.
         self.hit_count = 0
         #: Ticks.  A parent's last access is never before its child's.

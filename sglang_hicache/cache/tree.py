@@ -24,7 +24,7 @@ from sglang_hicache.cache.page import KEY_BYTES, TOKEN_BYTES
 from sglang_hicache.cache.residency import Residency
 from sglang_hicache.errors import IntegrityError
 
-__all__ = ["Insertion", "Match", "Node", "PrefixTree"]
+__all__ = ["Insertion", "Match", "Node", "PrefixTree", "Watcher"]
 
 _DIGEST_INSERT = 32
 _DIGEST_INSERT_HOST = 33
@@ -49,6 +49,20 @@ class Match:
     host_len: int
 
 
+class Watcher:
+    """Told what becomes of nodes; the backup keeps books of them.  Pages leave in many ways, and whoever had to
+    remember to report each of them would forget one.  This one does not care."""
+
+    def divided(self, upper: Node, lower: Node) -> None:
+        """`lower` gave its first pages to the new node `upper`, which is its parent now."""
+
+    def left_host(self, node: Node) -> None:
+        """The host copy has been given up."""
+
+    def removed(self, node: Node, had_host: bool) -> None:
+        """No tier holds the node any more; `had_host`: the host did to the last.  It still names its parent."""
+
+
 @dataclass(slots=True)
 class Insertion:
     """What became of a request's pages."""
@@ -68,6 +82,7 @@ class PrefixTree(Residency):
         super().__init__(page_size, digest, policy)
         self._page_bytes = page_size * TOKEN_BYTES
         self._last_id = 0
+        self.watcher = Watcher()
 
     # -------------------------------------------------------------------------------- match and insert
 
@@ -165,7 +180,7 @@ class PrefixTree(Residency):
             raise IntegrityError(f"{node!r} cannot leave the device: it would leave its children in the air")
         pages = self._lose_device(node)
         if node.host_pages is None:
-            self._remove(node)
+            self._remove(node, had_host=False)
         return pages
 
     def clear_host(self, node: Node) -> list[int]:
@@ -173,8 +188,9 @@ class PrefixTree(Residency):
         if node.device_pages is None and (node.children or node.device_locks):
             raise IntegrityError(f"{node!r} cannot leave the host: it has children or a device lock")
         pages = self._lose_host(node)
+        self.watcher.left_host(node)
         if node.device_pages is None:
-            self._remove(node)
+            self._remove(node, had_host=True)
         return pages
 
     def drop_subtree(self, node: Node) -> tuple[list[int], list[int]]:
@@ -186,11 +202,13 @@ class PrefixTree(Residency):
         device_pages: list[int] = []
         host_pages: list[int] = []
         for below in reversed(doomed):
-            if below.host_pages is not None:
+            had_host = below.host_pages is not None
+            if had_host:
                 host_pages += self._lose_host(below)
+                self.watcher.left_host(below)
             if below.device_pages is not None:
                 device_pages += self._lose_device(below)
-            self._remove(below)
+            self._remove(below, had_host)
         return device_pages, host_pages
 
     def reset(self) -> tuple[list[int], list[int]]:
@@ -264,6 +282,11 @@ class PrefixTree(Residency):
         """What the key of the page after `node` is chained to: its last key, at the root the seed."""
         return seed if node is self.root else node.page_keys()[-1]
 
+    def holder(self, seed: bytes, key: bytes, page: int) -> Node | None:
+        """The node that holds page `page` of `key`, None if the tree does not.  Like a match it may split a node."""
+        path = self._walk(seed, key[: (page + 1) * self._page_bytes])
+        return path[-1] if path and path[-1].end_pages == page + 1 else None
+
     # ---------------------------------------------------------------------------------------- structure
 
     def _walk(self, seed: bytes, key: bytes) -> list[Node]:
@@ -277,14 +300,14 @@ class PrefixTree(Residency):
         at = 0
         while child is not None:
             if not key.startswith(child.key, at):
-                path.append(self._split(child, _common_pages(child.key, key, at, page_bytes)))
+                path.append(self.split(child, _common_pages(child.key, key, at, page_bytes)))
                 break
             path.append(child)
             at += len(child.key)
             child = child.children.get(key[at : at + page_bytes])
         return path
 
-    def _split(self, node: Node, pages: int) -> Node:
+    def split(self, node: Node, pages: int) -> Node:
         """Put the first `pages` pages of the node into a new node above it, and return that.
 
         The lower half keeps its identity and so do the locks and ops that hold it.  Every lock of the node
@@ -296,7 +319,7 @@ class PrefixTree(Residency):
         cut = pages * self._page_bytes
         self._last_id += 1
         upper = Node(self._last_id, parent, node.seed, node.key[:cut], pages)
-        upper.stored, upper.landing = node.stored, node.landing
+        upper.stored, upper.lost, upper.landing = node.stored, node.lost, node.landing
         upper.hit_count, upper.priority = node.hit_count, node.priority
         upper.last_access, upper.created = node.last_access, node.created
         upper.device_locks, upper.host_locks = node.device_locks, node.host_locks
@@ -314,6 +337,7 @@ class PrefixTree(Residency):
         if node.host_pages is not None:
             upper.host_pages, node.host_pages = node.host_pages[:pages], node.host_pages[pages:]
             self._offer_host(upper)
+        self.watcher.divided(upper, node)
         self._digest.mix(_DIGEST_SPLIT, node.id, upper.id, pages)
         return upper
 
@@ -328,10 +352,11 @@ class PrefixTree(Residency):
         parent.children[self._child_key(parent, node)] = node
         return node
 
-    def _remove(self, node: Node) -> None:
+    def _remove(self, node: Node, had_host: bool) -> None:
         parent = node.parent
         if parent is None:
             raise IntegrityError("the root of the tree cannot be removed")
+        self.watcher.removed(node, had_host)
         del parent.children[self._child_key(parent, node)]
         self._digest.mix(_DIGEST_REMOVE, node.id)
         if parent.host_pages is not None:
