@@ -29,9 +29,11 @@ class OpKind(IntEnum):
     LOOKUP = 4  # asks storage; moves nothing
     READ = 5  # storage -> host (prefetch)
     WRITE = 6  # host -> storage (backup)
+    UPLOAD = 7  # the same in the background: of what was cached before the storage was attached
 
 
 COPIES = frozenset({OpKind.WRITE_THROUGH, OpKind.DEMOTE, OpKind.LOAD_BACK})
+WRITES = frozenset({OpKind.WRITE, OpKind.UPLOAD})
 
 
 class OpPhase(IntEnum):
@@ -52,7 +54,7 @@ class Op:
     epoch: int
     #: Pages asked for.
     pages: int
-    #: Host slots that the op owns (READ, WRITE_THROUGH) or reads (DEMOTE, LOAD_BACK, WRITE).
+    #: Host slots that the op owns (READ, WRITE_THROUGH) or reads (DEMOTE, LOAD_BACK, WRITE, UPLOAD).
     host_pages: list[int] = field(default_factory=list)
     #: Bottom node of the span it moves (None for LOOKUP and READ, whose span is not in the tree yet).
     node: Node | None = None
@@ -60,10 +62,14 @@ class Op:
     rid: str = ""
     #: Store generation when it started: a write that ends after a clear proves nothing.
     generation: int = 0
+    #: Leader's clock when it started.
+    started_us: int = 0
     #: Leader's clock: neither closed by then nor any op of its lane means that the lane is lost.  0: no deadline.
     deadline_us: int = 0
     phase: OpPhase = OpPhase.RUNNING
     done: int = 0
+    #: Why `done` is short: "" or a code such as "io" or "no_space".
+    reason: str = ""
 
     def __repr__(self) -> str:
         return f"<Op {self.id} {self.kind.name} epoch={self.epoch} {self.done}/{self.pages} {self.phase.name}>"
@@ -76,6 +82,8 @@ class OpTable:
         self._digest = digest
         self._ops: dict[int, Op] = {}
         self._last_id = 0
+        #: Leader's clock of this tick.
+        self.now_us = 0
         self._count = dict.fromkeys(OpKind, 0)
 
     def __len__(self) -> int:
@@ -99,7 +107,7 @@ class OpTable:
 
     def add(self, kind: OpKind, pages: int, epoch: int = 0) -> Op:
         self._last_id += 1
-        op = Op(self._last_id, kind, epoch, pages)
+        op = Op(self._last_id, kind, epoch, pages, started_us=self.now_us)
         self._ops[op.id] = op
         self._count[kind] += 1
         self._digest.mix(51, op.id, kind, pages, epoch)
