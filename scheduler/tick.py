@@ -170,8 +170,10 @@ class Leader:
         inputs = self._requests or self._aborts or self._commands
         if not (inputs or self._has_news or due or core.has_work() or self._has_revoked(core)):
             return None
-        self._has_news = False
         storage = self._storage_outcomes(now_us, core)
+        # Of several facts about an epoch one plan takes the first: a process that was lost and is reaped already must
+        # not stay FAILED until somebody else brings news.
+        self._has_news = bool(storage)
         ending = {o.epoch for o in storage if o.event in ("reaped", "reap_timeout", "quiet")}
         overdue = {i for i in core.commands.clearing() if now_us >= self._deadlines.get(i, now_us + 1)}
         self._number += 1

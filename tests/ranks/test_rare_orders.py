@@ -5,6 +5,7 @@ from __future__ import annotations
 from sglang_hicache import wire
 from sglang_hicache.cache.backup import MAX_WRITES
 from sglang_hicache.scheduler.request import PROBE_PREFIX
+from sglang_hicache.storage.attachment_events import State
 from tests.ranks.test_failure_modes import PROMPT, process, tick, warm_store, world_with_storage
 from tests.ranks.world import PAGE, World, server_config
 
@@ -186,3 +187,17 @@ def test_a_deadline_that_has_passed_does_not_keep_the_leader_awake() -> None:
         world.now_us += 1_000
         world.lead()
     assert len(world.plans) == before
+
+
+def test_a_store_that_is_lost_and_reaped_at_once_is_detached_without_further_news() -> None:
+    """A single rank hears of the death and of the reap together, and nothing else happens after that."""
+    world = World(0, 1, fault_rate=0.0)
+    world.command(wire.AttachStorage, backend="memory")
+    world.settle()
+    held = process(world, 0)
+    held.tell("lost", "the test says so")
+    held.end()
+    tick(world)
+    while world.lead():
+        pass
+    assert world.ranks[0].core.tiers.slot.face() is State.DETACHED
