@@ -300,6 +300,7 @@ class TestEnd:
         gate.wait_inside_blocking()
         rank.write(2, 3, first=10)
         rank.client.stop()
+        assert rank.end_of(2).reason == "revoked"  # the stop has arrived; before that, the lane would go on with op 2
         gate.go()
         assert rank.exit_status() == 0
         ends = {message.op_id: message for message in rank.heard if isinstance(message, wire.OpProgress)}
