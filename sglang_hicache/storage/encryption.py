@@ -26,7 +26,7 @@ KEY_BYTES = 32
 
 _NONCE_BYTES = 12
 
-#: Longer than any form of a key.
+#: A file with more in it than any form of a key is none.
 _MOST_FILE_BYTES = 128
 
 #: A link in the file's place may be somebody else's; without O_NONBLOCK a named pipe would hold the attach for ever.
@@ -91,7 +91,7 @@ def _read_private_blocking(path: str) -> bytes:
             raise _refusal(f"belongs to user {found.st_uid}; it must belong to {os.geteuid()}, who runs this server")
         if found.st_mode & 0o077:
             raise _refusal(f"has mode {stat.S_IMODE(found.st_mode):04o}; nobody else may read it: chmod 600")
-        return os.read(descriptor, _MOST_FILE_BYTES)
+        return os.read(descriptor, _MOST_FILE_BYTES + 1)
     except OSError as error:
         raise _refusal(f"cannot be read ({error.strerror})") from None
     finally:
@@ -102,7 +102,7 @@ def _parse_key(content: bytes) -> bytes:
     """32 bytes as they are, in 64 hexadecimal digits, or in base64; a newline may follow the digits."""
     if len(content) == KEY_BYTES:
         return content
-    text = content.strip()
+    text = content.strip() if len(content) <= _MOST_FILE_BYTES else b""
     for decode in (binascii.unhexlify, _from_base64):
         try:
             key = decode(text)

@@ -13,9 +13,12 @@ from sglang_hicache.storage.page_format import (
     WRITE_CHUNK_BYTES,
     IncomingPage,
     OutgoingPage,
+    PageHeader,
     PageLayout,
     Part,
     Verdict,
+    is_whole,
+    parse_header,
 )
 from tests.storage import pages
 
@@ -55,13 +58,62 @@ def test_format_is_what_earlier_versions_wrote() -> None:
     assert stored[240:256].hex() == "5bed77cc5ff66e79906adda5699e0ee4"
 
 
-def test_fm39_no_byte_of_a_page_can_change_unnoticed() -> None:
+def test_fm39_no_bit_of_a_page_can_change_unnoticed() -> None:
     stored = _stored()
-    for position in range(len(stored)):
+    for bit in range(8 * len(stored)):
         damaged = bytearray(stored)
-        damaged[position] ^= 0x40
+        damaged[bit // 8] ^= 1 << bit % 8
         verdict, _ = _judge(bytes(damaged))
-        assert verdict is not Verdict.GOOD, f"byte {position} is not covered"
+        assert verdict not in (Verdict.GOOD, Verdict.OTHER_KEY), f"bit {bit} is not covered"
+
+
+def test_fm33_page_says_whose_it_is() -> None:
+    """The key separates tenants; the header lets an operator find, without any key, what one of them has stored."""
+    seed = bytes(range(1, 33))
+    page = OutgoingPage(pages.layout(size=64), pages.key(7), pages.content(1, 64), pages.key(6), 3, seed)
+    stored = page.header() + page.payload
+    assert stored[200:212] == seed[:12]
+    header = parse_header(stored)
+    assert header is not None
+    assert header.tenant == seed[:12]
+    nobodys = parse_header(_stored())
+    assert nobodys is not None
+    assert nobodys.tenant == bytes(12)
+    assert _judge(stored)[0] is Verdict.GOOD
+
+
+def test_header_can_be_read_without_knowing_what_to_expect() -> None:
+    stored = _stored()
+    assert parse_header(stored) == PageHeader(
+        pages.NAMESPACE, pages.key(7), pages.key(6), 3, 0, 2, 0, 64, bytes(12), stored[240:256]
+    )
+
+
+@pytest.mark.parametrize("start", [b"", b"HICPAGE\n", b"\x89PNG\r\n\x1a\n" + bytes(300), bytes(HEADER_BYTES)])
+def test_other_objects_have_no_header(start: bytes) -> None:
+    assert parse_header(start) is None
+
+
+@pytest.mark.parametrize(("offset", "value"), [(0, 0), (8, 1), (8, 3), (12, 1)])
+def test_headers_of_other_formats_are_none(offset: int, value: int) -> None:
+    stored = bytearray(_stored())
+    stored[offset] = value
+    assert parse_header(bytes(stored)) is None
+
+
+def test_damage_is_found_without_layout_and_key() -> None:
+    stored = _stored()
+    header, payload = stored[:HEADER_BYTES], stored[HEADER_BYTES:]
+    assert is_whole(header, [payload[:10], payload[10:]])
+    assert not is_whole(header, [payload[:10]])
+    assert not is_whole(header[:200] + b"\x01" + header[201:], [payload])
+
+
+def test_parts_must_fit_their_table() -> None:
+    with pytest.raises(ValueError, match="more than 8 bytes"):
+        PageLayout(pages.NAMESPACE, 0, 2, (Part("ninechars", 64),))
+    with pytest.raises(ValueError, match="0 parts"):
+        PageLayout(pages.NAMESPACE, 0, 2, ())
 
 
 @given(st.data())

@@ -7,7 +7,15 @@ import pytest
 
 from sglang_hicache.errors import UserError
 from sglang_hicache.storage import registry
-from sglang_hicache.storage.settings import Fault, FaultySettings, FileSettings, PrefetchSettings
+from sglang_hicache.storage.settings import (
+    EncryptionSettings,
+    Fault,
+    FaultySettings,
+    FileSettings,
+    PrefetchSettings,
+    StoreSettings,
+    store_settings,
+)
 
 
 def test_names_are_listed_when_one_is_unknown() -> None:
@@ -65,6 +73,54 @@ def test_keys_of_the_controller_are_checked(text: str) -> None:
     name = next(iter(msgspec.json.decode(text)))
     with pytest.raises(UserError, match=f"extra config {name}=.* is not allowed; it takes"):
         registry.split_extra_config(text)
+
+
+def test_keys_of_the_storage_process_never_reach_the_backend() -> None:
+    text = '{"encryption": {"key_file": "/etc/key"}, "negative_ttl_s": 5, "fsync": "full"}'
+    assert registry.split_extra_config(text) == (PrefetchSettings(), {"fsync": "full"})
+    encryption = EncryptionSettings(key_file="/etc/key")
+    assert store_settings(text) == StoreSettings(encryption=encryption, negative_ttl_s=5.0)
+    assert store_settings(None) == store_settings('{"encryption": null}') == StoreSettings(negative_ttl_s=60.0)
+
+
+@pytest.mark.parametrize("name", ["file", "memory", "faulty"])
+def test_every_backend_takes_the_keys_of_the_storage_process(name: str) -> None:
+    config = {"encryption": {"key_file": "/etc/key"}, "negative_ttl_s": 0}
+    config |= {"inner": "memory"} if name == "faulty" else {}
+    registry.validate_extra_config(name, msgspec.json.encode(config).decode())
+
+
+_SECRET = "c2VjcmV0IHNlY3JldCBzZWNyZXQgc2VjcmV0IHNlY3I="
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        f'"{_SECRET}"',
+        f'{{"key_file": "{_SECRET}"}}',
+        '{"key_file": "relative/path"}',
+        '{"key_file": ""}',
+        '{"key_file": "/with/\\u0000"}',
+        '{"key_file": 7}',
+        '{"key_file": null}',
+        "{}",
+        "[]",
+        "true",
+        '{"key_file": "/etc/key", "cipher": "rot13"}',
+    ],
+)
+def test_encryption_is_a_key_file_and_its_mistakes_are_not_repeated(value: str) -> None:
+    with pytest.raises(
+        UserError, match=r'extra config encryption.*it takes \{"key_file": "<absolute path>"\}'
+    ) as caught:
+        registry.validate_extra_config("file", f'{{"encryption": {value}}}')
+    assert _SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["-1", "true", '"60"', "null", "1e9"])
+def test_time_of_the_negative_cache_is_checked(value: str) -> None:
+    with pytest.raises(UserError, match="extra config negative_ttl_s=.* is not allowed; it takes seconds"):
+        store_settings(f'{{"negative_ttl_s": {value}}}')
 
 
 @pytest.mark.parametrize("text", ["{", "nonsense", '{"prefetch_timeout_base": NaN}', "[]", "1", '"x"', "null"])
