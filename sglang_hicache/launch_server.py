@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -32,6 +33,9 @@ from sglang_hicache.weights_digest import weights_digest
 log = logging.getLogger(__name__)
 
 _EXIT_USAGE = 2
+
+#: How the name of a run folder begins, and the file in it that says that its launcher has locked it.
+_RUN_FOLDER, _MARK = "hicache-", "launcher"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,19 +80,55 @@ def _log_start(config: ServerConfig) -> None:
 
 @contextlib.contextmanager
 def run_folder() -> Iterator[str]:
-    """A private folder for the sockets of one server: 0700, gone when the server is."""
+    """A private folder for the sockets of one server: 0700, gone when the server is.
+
+    A launcher that is killed cannot remove it, so the next one does: whoever holds the folder's lock lives.
+    """
     base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
     old_umask = os.umask(0o077)  # for all processes of the server: sockets, caches and pages are this user's alone
     try:
-        folder = tempfile.mkdtemp(prefix="hicache-", dir=base)  # mkdtemp makes it 0700
+        folder = tempfile.mkdtemp(prefix=_RUN_FOLDER, dir=base)  # mkdtemp makes it 0700
     except OSError as error:
         os.umask(old_umask)
         raise UserError(f"cannot make a folder for sockets in {base!r}: {error}; set XDG_RUNTIME_DIR") from error
     try:
-        yield folder
+        with _held(folder):
+            _sweep(base)
+            yield folder
     finally:
         os.umask(old_umask)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(folder: str) -> Iterator[None]:
+    """Holds the lock of the folder.  The mark comes after the lock: a folder that has it and is not locked has lost
+    its launcher, one without it is just being made."""
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        Path(folder, _MARK).touch(mode=0o600)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _sweep(base: str) -> None:
+    """Remove the folders of launchers that were killed."""
+    for folder in Path(base).glob(f"{_RUN_FOLDER}*"):
+        try:
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue  # gone this moment, or not ours
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock).st_uid == os.geteuid() and (folder / _MARK).exists():
+                log.info("removing %s: its server was killed", folder)
+                shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            continue  # its server lives
+        finally:
+            os.close(lock)
 
 
 def _memory(args: argparse.Namespace) -> Memory:

@@ -3,6 +3,7 @@
 import os
 import socket
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +38,20 @@ def test_the_run_folder_is_private_and_goes_with_the_server(monkeypatch, tmp_pat
         socket.touch()
         assert stat.S_IMODE(socket.stat().st_mode) == 0o600
     assert os.listdir(tmp_path) == []
+
+
+def test_the_folder_of_a_killed_launcher_is_removed_by_the_next_one(monkeypatch, tmp_path):
+    """What lives, what is just being made, and what is not ours stay."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with launch_server.run_folder() as living:
+        for name in ("hicache-dead", "hicache-young", "else"):
+            (tmp_path / name).mkdir()
+        (tmp_path / "hicache-dead" / "launcher").touch()
+        (tmp_path / "else" / "launcher").touch()
+        (tmp_path / "hicache-file").touch()
+        with launch_server.run_folder() as another:
+            left = {path.name for path in tmp_path.iterdir()}
+    assert left == {Path(living).name, Path(another).name, "hicache-young", "hicache-file", "else"}
 
 
 def test_a_run_folder_that_cannot_be_made_says_what_to_set(monkeypatch):
