@@ -30,6 +30,7 @@ from sglang_hicache.scheduler.commands import Commands
 from sglang_hicache.scheduler.pages import RequestPages
 from sglang_hicache.scheduler.request import Request, RequestState, StopText
 from sglang_hicache.scheduler.results import Results
+from sglang_hicache.scheduler.served import Served
 from sglang_hicache.scheduler.status import RankStatus
 from sglang_hicache.scheduler.waiting import WaitingQueue
 from sglang_hicache.storage.attachment_events import Kill, Spawn, Stop
@@ -65,6 +66,7 @@ class SchedulerCore:
         config: ServerConfig,
         rank: int,
         make_stop_text: Callable[[wire.SamplingParams, Sequence[int]], StopText | None] = no_stop_text,
+        page_bytes: int = 0,
     ) -> None:
         self._config = config
         self._make_stop_text = make_stop_text
@@ -72,14 +74,15 @@ class SchedulerCore:
         #: Longest sequence that can ever be computed here, in tokens.
         self.longest_tokens = min(config.model.context_length, config.pool.device_tokens)
         self.tick = 0
-        self.tiers = Tiers(config, self._digest)
+        self.tiers = Tiers(config, self._digest, page_bytes)
         self.waiting = WaitingQueue(config.scheduler.schedule_policy)
         self._pages = RequestPages(
             self.tiers.controller, self.tiers.backup, config.pool.page_size, config.cache.reuse_prefixes
         )
         self.admission = Admission(config, self.waiting, self._pages, self.tiers.prefetcher, self.tiers.slot)
-        self._results = Results(config.model, self.admission, self._pages, self.longest_tokens)
-        self.status = RankStatus(rank, self.tiers, self.waiting, self.admission)
+        served = Served()
+        self._results = Results(config.model, self.admission, self._pages, self.longest_tokens, served)
+        self.status = RankStatus(rank, self.tiers, self.waiting, self.admission, served)
         self.commands = Commands(rank, self.tiers, self.status.requests, config.cache.hierarchical)
         self._requests: dict[str, Request] = {}
         self._shares: list[Share] = []
@@ -93,6 +96,8 @@ class SchedulerCore:
     def apply(self, plan: wire.TickPlan) -> Effects:
         """Take one plan.  The caller carries the effects out and, if there is a batch, calls `apply_results`."""
         self.tick = plan.number
+        self.status.begin(plan)
+        self.tiers.ops.now_us = plan.now_us
         effects = Effects()
         for outcome in plan.storage:
             self.tiers.storage_outcome(outcome)

@@ -22,6 +22,7 @@ from sglang_hicache.heartbeat import Heartbeat
 from sglang_hicache.observe import learn_secrets
 from sglang_hicache.scheduler.core import Effects, SchedulerCore
 from sglang_hicache.scheduler.mailbox import Mailbox
+from sglang_hicache.scheduler.status import merged
 from sglang_hicache.scheduler.storage_driver import StorageDriver
 from sglang_hicache.sockets import Poller, Pull, Push
 from sglang_hicache.workers.batch import Worker
@@ -95,7 +96,7 @@ class TickLoop:
             backend_info=driver.info(status.epoch),
             backend_stats=driver.stats(status.epoch),
             counters=status.counters | driver.counters.snapshot(),
-            totals=driver.totals(),
+            totals=merged(status.totals, driver.totals()),
             last_error=status.last_error or driver.failure(status.epoch),
         )
 

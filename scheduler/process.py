@@ -86,7 +86,8 @@ def make_host_pool(config: ServerConfig, layout: KVLayout) -> HostPool | None:
 def wire_up(child: Child, worker: Worker, host: HostPool | None, stack: contextlib.ExitStack) -> TickLoop:
     """Core, driver and sockets of one rank; `stack` gives them back."""
     config, rank, run_dir = child.config, child.rank, child.config.run_dir
-    core = SchedulerCore(config, rank, StopWatch.maker(config.model.tokenizer_path))
+    stop_texts = StopWatch.maker(config.model.tokenizer_path)
+    core = SchedulerCore(config, rank, stop_texts, worker.layout.page_bytes)
     poller = Poller()
     driver = StorageDriver(storage_launcher(config, rank, worker.layout, host), poller)
     stack.callback(driver.close)

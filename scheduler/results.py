@@ -11,16 +11,20 @@ from sglang_hicache.errors import IntegrityError
 from sglang_hicache.scheduler.admission import Admission, Share
 from sglang_hicache.scheduler.pages import RequestPages
 from sglang_hicache.scheduler.request import Request, RequestState
+from sglang_hicache.scheduler.served import Served
 
 
 class Results:
     """Applies sampled ids to the requests of the tick."""
 
-    def __init__(self, model: ModelConfig, admission: Admission, pages: RequestPages, longest_tokens: int) -> None:
+    def __init__(
+        self, model: ModelConfig, admission: Admission, pages: RequestPages, longest_tokens: int, served: Served
+    ) -> None:
         self._eos = frozenset(model.eos_token_ids)
         self._longest_tokens = longest_tokens
         self._admission = admission
         self._pages = pages
+        self._served = served
 
     def apply(
         self, shares: list[Share], token_ids: list[int], tick: int
@@ -42,6 +46,7 @@ class Results:
             if token_id is None:
                 raise IntegrityError(f"the forward gave no token for {request!r}")
             request.tokens.append(token_id)
+            self._served.token(request, tick)
             finish = self._stop(request, token_id)
             outputs.append(request.output((token_id,), finish))
             if finish is not None:

@@ -7,11 +7,15 @@ adds.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+
 from sglang_hicache import wire
 from sglang_hicache.cache.op import COPIES
 from sglang_hicache.cache.tiers import Tiers
 from sglang_hicache.scheduler.admission import Admission
 from sglang_hicache.scheduler.request import RequestState
+from sglang_hicache.scheduler.served import Served
 from sglang_hicache.scheduler.waiting import WaitingQueue
 
 #: Ops between the host and the store, by the names that the status uses.
@@ -21,11 +25,40 @@ _STORAGE_OPS = ("lookup", "read", "write")
 class RankStatus:
     """Reads the parts of one core."""
 
-    def __init__(self, rank: int, tiers: Tiers, waiting: WaitingQueue, admission: Admission) -> None:
+    def __init__(
+        self, rank: int, tiers: Tiers, waiting: WaitingQueue, admission: Admission, served: Served
+    ) -> None:
         self._rank = rank
         self._tiers = tiers
         self._waiting = waiting
         self._admission = admission
+        self._served = served
+        self._tick = 0
+        self._now_us = 0
+        #: Backend that was attached last, "" before the first; and what was counted up to its attach.
+        self._backend = ""
+        self._told: Counter[str] = Counter()
+        #: By backend: what was counted while it was the last one.
+        self._totals: dict[str, Counter[str]] = {}
+
+    def begin(self, plan: wire.TickPlan) -> None:
+        """Before a plan is applied.  Its outcomes may attach another backend: what was counted until now is not its
+        own."""
+        self._tick, self._now_us = plan.number, plan.now_us
+        if plan.storage:
+            self._backend, self._totals = self._attached(), self._by_backend()
+            self._told = self._storage_counters()
+
+    def _attached(self) -> str:
+        """The backend that counters speak of now: also after its end, for what it leaves behind is counted late."""
+        current = self._tiers.slot.current
+        return current.backend if current is not None else self._backend
+
+    def _by_backend(self) -> dict[str, Counter[str]]:
+        totals = {backend: Counter(counts) for backend, counts in self._totals.items()}
+        if backend := self._attached():
+            totals.setdefault(backend, Counter()).update(self._storage_counters() - self._told)
+        return totals
 
     def requests(self) -> dict[str, int]:
         """Requests by stage; health probes are nobody's load."""
@@ -53,14 +86,21 @@ class RankStatus:
             prefetch_policy=tiers.prefetcher.policy,
             write_policy=controller.write_policy,
             counters=self._counters(),
+            totals=self._by_backend(),
+            histograms=self._tiers.measures.snapshot() | self._served.histograms(),
             load=self._load(),
         )
 
-    def _counters(self) -> dict[str, int]:
+    def _storage_counters(self) -> Counter[str]:
+        """In tokens: what a backend has to do with."""
         tiers = self._tiers
-        counters = {f"prefetch_{name}_tokens": n for name, n in tiers.prefetcher.counters.items()}
-        counters |= {f"backup_{name}_tokens": n for name, n in tiers.backup.counters.items()}
-        return counters | {f"cache_{name}_tokens": n for name, n in tiers.controller.counters.items()}
+        return Counter({f"prefetch_{name}_tokens": n for name, n in tiers.prefetcher.counters.items()}) + Counter(
+            {f"backup_{name}_tokens": n for name, n in tiers.backup.counters.items()}
+        )
+
+    def _counters(self) -> dict[str, int]:
+        cache = {f"cache_{name}_tokens": n for name, n in self._tiers.controller.counters.items()}
+        return self._storage_counters() | cache | self._served.counters() | {"ticks": self._tick}
 
     def _load(self) -> dict[str, int]:
         ops, controller = self._tiers.ops, self._tiers.controller
@@ -68,4 +108,10 @@ class RankStatus:
         for pool in (controller.device, controller.host):
             if pool is not None:
                 load |= {f"{pool.name}_pages_free": pool.free_count, f"{pool.name}_pages": pool.total}
-        return load
+        evictable = controller.tree.device_tokens_evictable // self._tiers.page_size
+        return load | {"device_pages_evictable": evictable} | self._served.load()
+
+
+def merged(one: Mapping[str, Mapping[str, int]], other: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    """Counters by backend of two that count different things."""
+    return {backend: {**one.get(backend, {}), **other.get(backend, {})} for backend in sorted({*one, *other})}

@@ -14,6 +14,7 @@ from sglang_hicache.cache.backup import BackupQueue
 from sglang_hicache.cache.controller import CacheController, Copy
 from sglang_hicache.cache.digest import StateDigest
 from sglang_hicache.cache.evict import EvictionPolicy
+from sglang_hicache.cache.measures import Measures
 from sglang_hicache.cache.op import COPIES, Op, OpKind, OpPhase, OpTable
 from sglang_hicache.cache.pools import PageAllocator
 from sglang_hicache.cache.prefetch import Prefetcher
@@ -53,12 +54,13 @@ class TierEffects:
 class Tiers:
     """Device, host and storage of one replica."""
 
-    def __init__(self, config: ServerConfig, digest: StateDigest) -> None:
+    def __init__(self, config: ServerConfig, digest: StateDigest, page_bytes: int = 0) -> None:
         pool, cache = config.pool, config.cache
         self.page_size = pool.page_size
         self.ops = OpTable(digest)
         self.slot = StorageSlot(digest)
         self.quarantine = Quarantine()
+        self.measures = Measures(page_bytes)
         self.controller = CacheController(
             cache,
             pool.page_size,
@@ -86,6 +88,7 @@ class Tiers:
         if op is None:
             raise IntegrityError(f"the plan of tick {tick} speaks of op {outcome.op_id}, which is not in flight")
         if op.kind in COPIES:
+            self.measures.op_ended(op, now_us)
             self.backup.offer(self.controller.finish_copy(op))
             return
         if op.phase is not OpPhase.SETTLED:
@@ -95,6 +98,8 @@ class Tiers:
             elif op.kind is OpKind.READ:
                 self.prefetcher.read_settled(op, tick)
         if outcome.closed:
+            attachment = self.slot.find(op.epoch)
+            self.measures.op_ended(op, now_us, attachment.backend if attachment else "")
             self._close(op)
             self.storage.lane_moved(op, now_us)
 

@@ -71,7 +71,7 @@ def rank_decides_by_itself(patch: Patch) -> None:
     real = SchedulerCore.apply
 
     def apply(self: SchedulerCore, plan: wire.TickPlan) -> object:
-        if self._rank == 1 and plan.number % 50 == 0:
+        if self.commands._rank == 1 and plan.number % 50 == 0:
             self.tiers.controller.allocate_device(1)
         return real(self, plan)
 
