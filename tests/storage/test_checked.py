@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 
 from sglang_hicache.errors import StorageError
-from sglang_hicache.storage.checked import BatchResult, CheckedStore
+from sglang_hicache.storage.backend import PageOutcome, PageResult, StorageBackend
+from sglang_hicache.storage.checked import ATTEMPTS, BatchResult, CheckedStore, Shared
+from sglang_hicache.storage.negative import NegativeCache
 from tests.storage import pages
 from tests.storage.conftest import Open
 
@@ -231,3 +234,146 @@ def test_self_test_leaves_nothing_behind(open_backend: Open) -> None:
     backend = open_backend("memory")
     pages.store(backend).self_test_blocking(rank=0)
     assert backend.stats() == {"objects": 0}
+
+
+class TestKeysThatCannotBeRead:
+    """A store names a page and does not give it: once per while, and not for ever."""
+
+    TTL_S = 60.0
+
+    def _open(
+        self, open_backend: Open, faults: dict[str, Any], ttl_s: float = TTL_S
+    ) -> tuple[StorageBackend, CheckedStore, list[float]]:
+        backend = open_backend("faulty", {"inner": "memory", "faults": faults})
+        now_s = [1000.0]
+        shared = Shared(negative=NegativeCache(lambda: now_s[0], ttl_s))
+        return backend, CheckedStore(backend, pages.layout(), shared), now_s
+
+    def _ask(self, store: CheckedStore, count: int) -> int:
+        """What a request does: look up, read what was found."""
+        found = store.lookup_blocking(pages.keys(count))
+        return store.read_blocking(pages.keys(found), pages.empty(found)).pages if found else 0
+
+    @pytest.mark.parametrize("fails", [PageResult.MISS, StorageError("timed out")], ids=["stale", "times-out"])
+    def test_fm48_a_stale_key_costs_one_read_per_while_and_not_one_per_request(
+        self, open_backend: Open, monkeypatch: pytest.MonkeyPatch, fails: PageOutcome
+    ) -> None:
+        backend, store, now_s = self._open(open_backend, {})
+        _write(store, 5)
+        bad, read, batches = pages.key(3), backend.read_blocking, []
+
+        def failing(batch: Any) -> Any:
+            batches.append(1)
+            good = list(itertools.takewhile(lambda page: page.name.key != bad, batch))
+            return [*read(good), fails]
+
+        monkeypatch.setattr(backend, "read_blocking", failing)
+        for _ in range(3):
+            batches.clear()
+            assert self._ask(store, 5) == 2
+            first = len(batches)
+            assert first == (1 if fails is PageResult.MISS else ATTEMPTS), "a fault is tried again on the spot"
+            monkeypatch.setattr(backend, "read_blocking", read)
+            assert [self._ask(store, 5) for _ in range(50)] == [2] * 50
+            monkeypatch.setattr(backend, "read_blocking", failing)
+            now_s[0] += self.TTL_S
+        assert store.counters.get("negative_hits") == 3 * 50
+
+    def test_fm48_look_ups_in_front_of_a_stale_key_go_on(self, open_backend: Open) -> None:
+        _, store, _ = self._open(open_backend, {"exists": {"kind": "stale"}})
+        _write(store, 2)
+        assert self._ask(store, 5) == 2
+        assert store.lookup_blocking(pages.keys(2)) == 2
+        assert store.lookup_blocking(pages.keys(9, first=3)) == 0
+        assert store.lookup_blocking(pages.keys(9, first=4)) == 9
+
+    def test_a_store_that_never_tells_the_truth_shows_no_page_behind_a_hole_twice(self, open_backend: Open) -> None:
+        _, store, _ = self._open(open_backend, {"exists": {"kind": "stale"}})
+        _write(store, 2)
+        _write(store, 3, first=4)
+        assert self._ask(store, 6) == 2
+        assert store.lookup_blocking(pages.keys(6)) == 2
+
+    @pytest.mark.parametrize("ttl_s", [TTL_S, 0.0])
+    def test_a_hole_heals_when_its_page_is_computed_again(self, open_backend: Open, ttl_s: float) -> None:
+        _, store, _ = self._open(open_backend, {"exists": {"kind": "stale"}}, ttl_s)
+        _write(store, 2)
+        _write(store, 3, first=4)
+        assert self._ask(store, 6) == 2
+        # The rest of the prompt was computed; all of it is offered, and three of the four pages are there.
+        assert _write(store, 4, first=3) == BatchResult(4)
+        assert self._ask(store, 6) == 6
+        assert store.counters.get("written_pages") == 6
+        assert store.counters.get("present_pages") == 3
+
+    def test_a_page_that_cannot_be_read_is_replaced_when_it_is_written(self, open_backend: Open) -> None:
+        backend, store, now_s = self._open(open_backend, {"read": {"kind": "error", "first": 1, "count": 2 * ATTEMPTS}})
+        _write(store, 3)
+        assert self._ask(store, 3) == 1
+        now_s[0] += 2 * self.TTL_S
+        assert _write(store, 2, first=2) == BatchResult(2)
+        assert store.counters.get("replaced_pages") == 1
+        assert self._ask(store, 3) == 3
+
+    @pytest.mark.parametrize(("call", "first"), [("delete", 0), ("write", 5)])
+    def test_a_replacement_that_fails_is_a_failed_write(self, open_backend: Open, call: str, first: int) -> None:
+        faults = {"read": {"kind": "error", "first": 1, "count": 2 * ATTEMPTS}, call: {"kind": "error", "first": first}}
+        _, store, _ = self._open(open_backend, faults)
+        _write(store, 3)
+        assert self._ask(store, 3) == 1
+        assert _write(store, 2, first=2) == BatchResult(0, reason=f"io: sabotaged {call}")
+
+    def test_a_bad_page_that_cannot_be_set_aside_is_left_alone_and_replaced(self, open_backend: Open) -> None:
+        faults = {"read": {"kind": "flip", "first": 1, "count": 1}, "set_aside": {"kind": "error", "count": 1}}
+        _, store, _ = self._open(open_backend, faults)
+        _write(store, 3)
+        assert self._ask(store, 3) == 1
+        assert store.lookup_blocking(pages.keys(3)) == 1
+        assert (store.counters.get("corrupt_pages"), store.counters.get("set_aside_pages")) == (1, 0)
+        assert _write(store, 2, first=2) == BatchResult(2)
+        assert self._ask(store, 3) == 3
+
+    def test_one_lane_knows_what_the_other_found(self, open_backend: Open) -> None:
+        backend = open_backend("faulty", {"inner": "memory", "faults": {"exists": {"kind": "stale"}}})
+        shared = Shared()
+        reader, writer = (CheckedStore(backend, pages.layout(), shared) for _ in range(2))
+        assert self._ask(reader, 1) == 0
+        assert reader.lookup_blocking(pages.keys(1)) == 0
+        _write(writer, 1)
+        assert self._ask(reader, 1) == 1
+
+
+def test_counters_say_what_went_either_way(open_backend: Open) -> None:
+    store = _faulty(open_backend, "write", "error", first=3, count=1)
+    _write(store, 4)
+    _write(store, 1)
+    store.lookup_blocking(pages.keys(9))
+    store.read_blocking(pages.keys(4), pages.empty(4))
+    assert store.counters.snapshot() == {
+        "lookup_pages": 4,
+        "present_pages": 1,
+        "read_bytes": 4 * pages.PAGE_BYTES,
+        "read_pages": 4,
+        "recovered_calls": 1,
+        "retried_calls": 1,
+        "written_bytes": 4 * pages.PAGE_BYTES,
+        "written_pages": 4,
+    }
+
+
+def test_counters_of_what_stays_wrong(open_backend: Open) -> None:
+    store = _faulty(open_backend, "read", "error")
+    _write(store, 1)
+    store.read_blocking(pages.keys(1), pages.empty(1))
+    counters = store.counters
+    assert (counters.get("retried_calls"), counters.get("recovered_calls")) == (ATTEMPTS - 1, 0)
+    broken = _faulty(open_backend, "read", "none")
+    with pytest.raises(StorageError):
+        broken.read_blocking(pages.keys(1), pages.empty(1))
+    assert broken.counters.get("contract_faults") == 1
+
+
+def test_self_test_is_not_counted(open_backend: Open) -> None:
+    store = pages.store(open_backend("memory"))
+    store.self_test_blocking(0)
+    assert store.counters.snapshot() == {}
