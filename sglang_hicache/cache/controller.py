@@ -93,8 +93,10 @@ class CacheController:
                 return True
             if must_copy:
                 return self._drop_subtree(node)
-            if self.host is not None and self.write_policy == "write_back":
-                self.counters["dropped_host_pressure"] += tokens
+            if self.host is not None:
+                is_pressed = self.write_policy == "write_back"
+                reason = "host_pressure" if is_pressed else "write_through_unbacked_eviction"
+                self.counters[f"dropped_{reason}"] += tokens
         self.device.free(self.tree.drop_device(node))
         self.counters["evicted"] += tokens
         return True
@@ -192,6 +194,7 @@ class CacheController:
         landed = self.tree.span(node, op.pages)
         for part in landed:
             part.landing = 0
+        self.counters["backup"] += op.pages * self._page_size
         if op.kind is OpKind.DEMOTE:
             self.tree.unlock_host(node)
             return landed
@@ -200,7 +203,6 @@ class CacheController:
             self.tree.set_host(part, op.host_pages[at : at + part.page_count])
             at += part.page_count
         self.tree.unlock_device(node)
-        self.counters["backup"] += op.pages * self._page_size
         return landed
 
     # ------------------------------------------------------------------------------------------ insert
