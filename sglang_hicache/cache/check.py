@@ -1,19 +1,24 @@
 """Integrity of tree and pools: every promise between them, recomputed from scratch.
 
-Called by tests after each step and by a rank in debug mode; O(everything), so never on a normal tick.  It
-changes nothing and raises `IntegrityError` that says what is wrong and where.
+Called by tests after each step and by a rank in debug mode; O(everything), so never on a normal tick, but for
+`check_counts`, which compares counters.  It changes nothing and raises `IntegrityError` that says what is wrong and
+where.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from sglang_hicache.cache.node import Node
+from sglang_hicache.cache.op import COPIES, OpTable
 from sglang_hicache.cache.page import TOKEN_BYTES, flat_page_keys
 from sglang_hicache.cache.pools import PageAllocator
 from sglang_hicache.cache.residency import is_device_evictable, is_duplicate_evictable, is_host_leaf_evictable
 from sglang_hicache.cache.tree import PrefixTree
 from sglang_hicache.errors import IntegrityError
+from sglang_hicache.storage.attachment import StorageSlot
 
 _NO_HOLDERS: Mapping[str, Iterable[int]] = {}
 
@@ -95,6 +100,12 @@ def _check_queued(node: Node) -> None:
         _demand(not is_evictable(node) or bool(node.queued & bit), f"{node!r} can be evicted and is not queued ({bit})")
 
 
+def check_residency(tree: PrefixTree) -> None:
+    """Every prefix is whole: no node hangs below one that is nowhere, or on the device below one that is not."""
+    for node in tree.nodes():
+        _check_residency(tree, node)
+
+
 def check_keys(tree: PrefixTree) -> None:
     """Page keys that were computed some time ago equal those computed now from the first token."""
     page_bytes = tree.page_size * TOKEN_BYTES
@@ -131,6 +142,43 @@ def check_pools(
         _check_pool(host, {"tree": in_tree, **host_holders})
     else:
         _demand(not in_tree, f"{len(in_tree)} host pages in the tree of a server without a host pool")
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What owners outside the tree hold of it and of the pools, counted."""
+
+    #: Pages that belong to requests and ops.
+    device_pages: int
+    host_pages: int
+    #: Locks taken and not given back.
+    device_locks: int
+    host_locks: int
+
+
+def check_counts(tree: PrefixTree, device: PageAllocator, host: PageAllocator | None, held: Held) -> None:
+    """`check_pools` and `check_unlocked` as far as counters can tell: O(1), for after every tick.
+
+    Every lock counts on the root, too, so the root knows how many there are.
+    """
+    for pool, tokens, outside in (
+        (device, tree.device_tokens, held.device_pages), (host, tree.host_tokens, held.host_pages)
+    ):
+        owned = tokens // tree.page_size + outside
+        used = pool.used_count if pool is not None else 0
+        _demand(owned == used, f"{pool!r}: {used} pages are used, {owned} have an owner")
+    locks = tree.root.device_locks, tree.root.host_locks
+    _demand(
+        locks == (held.device_locks, held.host_locks),
+        f"{locks} device and host locks in the tree, {held.device_locks} and {held.host_locks} have an owner",
+    )
+
+
+def check_in_flight(ops: OpTable, slot: StorageSlot) -> None:
+    """The slot counts exactly the ops of the table: a drain ends with the last of them, not before and not never."""
+    in_table = Counter(op.epoch for op in ops if op.kind not in COPIES)
+    counted = {attachment.epoch: attachment.in_flight for attachment in slot.places() if attachment.in_flight}
+    _demand(in_table == counted, f"{slot!r} counts {counted} ops by epoch, the table has {dict(in_table)}")
 
 
 def _check_pool(pool: PageAllocator, holders: Mapping[str, Iterable[int]]) -> None:

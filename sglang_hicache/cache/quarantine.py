@@ -7,7 +7,9 @@ out too early is silent corruption, a page kept is only memory.  Replicated; cha
 
 from __future__ import annotations
 
-from sglang_hicache.cache.op import Op, OpKind
+from collections.abc import Iterator
+
+from sglang_hicache.cache.op import WRITES, Op
 
 
 class Quarantine:
@@ -16,16 +18,17 @@ class Quarantine:
     def __init__(self) -> None:
         self._ops: dict[int, list[Op]] = {}
 
+    def __iter__(self) -> Iterator[Op]:
+        return (op for ops in self._ops.values() for op in ops)
+
     @property
     def pages(self) -> int:
         """Host slots held: those of reads, and those of the tree that a write still reads and locks."""
-        return sum(
-            op.pages if op.kind is OpKind.WRITE else len(op.host_pages) for ops in self._ops.values() for op in ops
-        )
+        return sum(op.pages if op.kind in WRITES else len(op.host_pages) for op in self)
 
     def owned(self) -> list[int]:
         """Slots that neither the tree nor the free list accounts for."""
-        return [page for ops in self._ops.values() for op in ops for page in op.host_pages]
+        return [page for op in self for page in op.host_pages]
 
     def hold(self, epoch: int, ops: list[Op]) -> None:
         self._ops.setdefault(epoch, []).extend(ops)
