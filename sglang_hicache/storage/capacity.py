@@ -20,6 +20,10 @@ from sglang_hicache.storage.page_format import PageName
 #: Share of what is free, or already ours, that a store takes when nobody says how much.
 DEFAULT_SHARE = 0.8
 
+#: Shares of the limit: above the first one pages go, until the second one is reached.
+DEFAULT_HIGH = 0.95
+DEFAULT_LOW = 0.85
+
 #: What a store leaves free on its disk when nobody says how much: this, or the share below of a small disk.
 DEFAULT_MIN_FREE_BYTES = 1 << 30
 DEFAULT_MIN_FREE_SHARE = 0.01
@@ -65,8 +69,8 @@ class Limits:
     #: Bytes of the disk that stay free.
     min_free_bytes: int = 0
     #: Shares of the limit: above the first one pages go, until the second one is reached.
-    high: float = 0.95
-    low: float = 0.85
+    high: float = DEFAULT_HIGH
+    low: float = DEFAULT_LOW
     #: Largest page that somebody writes: room for one is kept, or a store of few pages would refuse every write.
     page_bytes: int = 0
 

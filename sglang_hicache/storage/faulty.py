@@ -91,8 +91,10 @@ class Gate:
 class _Forged:
     """Bytes under a page's name: what a backend uses of an `OutgoingPage`, with other content."""
 
-    def __init__(self, name: PageName, stored: bytes | bytearray) -> None:
-        self.name = name
+    def __init__(self, page: OutgoingPage, stored: bytes | bytearray) -> None:
+        self.name = page.name
+        self.parent = page.parent
+        self.depth = page.depth
         self.payload = memoryview(stored)[HEADER_BYTES:]
         self.size_bytes = len(stored)
         self._header = bytes(stored[:HEADER_BYTES])
@@ -150,6 +152,9 @@ class FaultyBackend(StorageBackend):
 
     def touch_blocking(self, names: Sequence[PageName]) -> None:
         self._sabotaged("touch", lambda: self._inner.touch_blocking(names))
+
+    def use_namespace(self, namespace: str) -> None:
+        self._inner.use_namespace(namespace)
 
     def info(self) -> dict[str, str]:
         return self._inner.info() | {"sabotaged": ",".join(self._faults)}
@@ -259,7 +264,7 @@ class FaultyBackend(StorageBackend):
                 _flip(stored, fault, number)
             case "duplicate":
                 stored = last
-        return _only(self._inner.write_blocking([_Forged(page.name, stored)]))
+        return _only(self._inner.write_blocking([_Forged(page, stored)]))
 
 
 def _flip(stored: bytearray, fault: Fault, number: int) -> None:

@@ -2,10 +2,12 @@
 
     <root>/<namespace>/<first two digits of the key>/<key>.<head_start>-<head_end>.page
     <root>/tmp/<rank>-<nonce>/      pages being written by one process, and the lock that says it lives
+    <root>/quarantine/              bad pages, bounded; no look-up goes there
+    <root>/usage.json, evictor.lock what was counted, and who counts and deletes
 
 Who owns what: a file below a namespace is immutable once it has its name; it appears by `rename` and goes by `unlink`,
 so that a reader meets a whole page or none, whatever happened to a writer.  Several processes and servers may share
-the folder; `file_folder.py` has what they must agree on.
+the folder: `file_share.py` says how much each may write, `file_evictor.py` deletes what is too much.
 
 Called by the two lanes of a storage process (see `backend.py`).  Never follows a symbolic link to a page, never creates
 anything that another user could read.
@@ -13,7 +15,9 @@ anything that another user could read.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -22,11 +26,16 @@ from pathlib import Path
 
 from sglang_hicache.errors import StorageError
 from sglang_hicache.storage.backend import OpenContext, PageOutcome, PageResult, StorageBackend
-from sglang_hicache.storage.file_folder import TemporaryFolder, make_private, refuse_unsafe, storage_folder, sweep
-from sglang_hicache.storage.file_pages import READ_FLAGS, read_header, walk_blocking
+from sglang_hicache.storage.capacity import Limits, default_min_free_bytes, size_text
+from sglang_hicache.storage.file_evictor import Evictor
+from sglang_hicache.storage.file_folder import Lease, make_private, storage_folder, sweep, with_environment
+from sglang_hicache.storage.file_pages import READ_FLAGS, TMP, TOUCH_INTERVAL_S, read_header, walk_blocking
+from sglang_hicache.storage.file_quarantine import set_aside_blocking, trim_blocking
+from sglang_hicache.storage.file_share import Share
 from sglang_hicache.storage.page_format import (
     CHUNK_BYTES,
     HEADER_BYTES,
+    ROOT_PARENT,
     WRITE_CHUNK_BYTES,
     IncomingPage,
     OutgoingPage,
@@ -34,9 +43,7 @@ from sglang_hicache.storage.page_format import (
 )
 from sglang_hicache.storage.settings import FileSettings
 
-#: Files touched less than this ago are left alone: a touch costs as much as reading a small page.  Orders of use that
-#: are finer than this are told by the depth in the header (deeper goes first), so a coarse touch stays prefix-closed.
-TOUCH_INTERVAL_S = 60.0
+_logger = logging.getLogger(__name__)
 
 #: Threads that read one batch: the lane's own and its helpers.  A disk is fast only with several requests in its queue,
 #: and while one thread hashes what has come, another reads.
@@ -49,7 +56,11 @@ LEAST_SHARED_PAGE_BYTES = 256 * 1024
 #: A read goes on behind these: one call then shows every damaged page of the batch, not only the first.
 _READ_ON = (PageResult.HIT, PageResult.WRONG_SIZE)
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+#: The disk, the quota, or the largest file of this process.
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+#: An open that meets these would meet them again.
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 #: What the system says when a page's name belongs to a link, a folder, a pipe or a socket: no page, and in its way.
 _NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO)
@@ -59,25 +70,39 @@ class FileBackend(StorageBackend):
     """One process's access to the folder."""
 
     def __init__(self, settings: FileSettings, context: OpenContext) -> None:
+        settings = with_environment(settings)
         self._root = storage_folder(settings.file_storage_path)
         self._prefix = f"{self._root}/"
         self._fsync = settings.fsync
-        self._rank = context.rank
-        self._temporary: TemporaryFolder | None = None
+        self._min_free_bytes = settings.min_free_bytes()
+        page_bytes, max_bytes = HEADER_BYTES + context.page_bytes, settings.max_bytes()
+        if max_bytes and max_bytes < page_bytes:
+            raise StorageError(
+                f"max_size={settings.max_size} is less than one page of {page_bytes} bytes; give more, or 0: no limit",
+                "refused",
+            )
+        high, low = settings.watermarks()
+        limits = Limits(max_bytes or 0, self._min_free_bytes or 0, high, low, page_bytes)
+        lease = Lease(context.namespace, page_bytes, max_bytes or 0, settings.ttl_s)
+        self._share = Share(self._root, context.rank, limits, lease, lambda: self._evictor.wake())
+        self._evictor = Evictor(self._share, max_bytes)
         self._helpers = ThreadPoolExecutor(READERS - 1, "file reader")
+        self._set_aside_pages = 0
+        self._no_space_pages = 0
 
     def __repr__(self) -> str:
         return f"<FileBackend {self._root} fsync={self._fsync}>"
 
     def open_blocking(self) -> None:
         try:
-            make_private(self._root)
-            refuse_unsafe(self._root)
-            make_private(self._root / "tmp")
-            sweep(self._root / "tmp")
-            self._temporary = TemporaryFolder.create(self._root / "tmp", self._rank)
+            self._share.open_blocking()
+            if self._min_free_bytes is None:
+                disk = os.statvfs(self._root)
+                self._share.keep_free(default_min_free_bytes(disk.f_blocks * disk.f_frsize))
+            sweep(self._root / TMP)
         except OSError as error:
             raise _fault(f"cannot use {self._root} as storage folder", error) from error
+        self._evictor.start()
 
     def exists_blocking(self, names: Sequence[PageName]) -> int:
         for index, name in enumerate(names):
@@ -104,6 +129,10 @@ class FileBackend(StorageBackend):
 
     def write_blocking(self, pages: Sequence[OutgoingPage]) -> list[PageOutcome]:
         outcomes: list[PageOutcome] = []
+        try:
+            self._touch_parent(pages[0])
+        except OSError as error:
+            return [_fault("cannot look at the parent of a page", error)]
         for page in pages:
             outcomes.append(self._write(page))
             if isinstance(outcomes[-1], StorageError):
@@ -111,12 +140,23 @@ class FileBackend(StorageBackend):
         return outcomes
 
     def delete_blocking(self, names: Sequence[PageName]) -> int:
-        return sum(_unlink(self._path(name)) for name in names)
+        return sum(self._delete(self._path(name)) for name in names)
+
+    def set_aside_blocking(self, name: PageName) -> bool:
+        try:
+            if not set_aside_blocking(self._root, self._path(name), name):
+                return False
+            freed_bytes = trim_blocking(self._root, self._share.limits.max_bytes)
+        except OSError as error:
+            raise _fault("cannot set a page aside", error) from error
+        self._share.changed(-freed_bytes, -1)
+        self._set_aside_pages += 1
+        return True
 
     def clear_blocking(self, namespace: str) -> int:
         try:
             found = walk_blocking(self._root, namespace)
-            removed = sum(_unlink(page.path) for page in found if read_header(page.path) is not None)
+            removed = sum(self._delete(page.path) for page in found if read_header(page.path) is not None)
         except OSError as error:
             raise _fault("cannot clear", error) from error
         return removed
@@ -134,19 +174,58 @@ class FileBackend(StorageBackend):
         except OSError as error:
             raise _fault("cannot touch a page", error) from error
 
+    def use_namespace(self, namespace: str) -> None:
+        self._share.use_namespace(namespace)
+
     def info(self) -> dict[str, str]:
-        return {"path": str(self._root), "fsync": self._fsync}
+        max_bytes, why = self._share.limits.max_bytes, self._evictor.why
+        return {
+            "path": str(self._root),
+            "fsync": self._fsync,
+            "max_size": size_text(max_bytes)
+            if max_bytes
+            else "the disk"
+            if why
+            else "known when all pages are counted",
+            "why": why,
+        }
+
+    def stats(self) -> dict[str, int]:
+        view = self._share.look_blocking()
+        own = view.files.get(self._share.namespace, 0)
+        return {
+            "used_bytes": view.used_bytes,
+            "used_pages": own,
+            "other_namespace_pages": sum(view.files.values()) - own,
+            "foreign_files": view.foreign_files,
+            "evicted_pages": self._evictor.evicted_pages,
+            "expired_pages": self._evictor.expired_pages,
+            "set_aside_pages": self._set_aside_pages,
+            "no_space_pages": self._no_space_pages,
+            "max_bytes": self._share.limits.max_bytes,
+            "free_bytes": view.free_bytes,
+        }
 
     def close_blocking(self) -> None:
         self._helpers.shutdown()
-        if self._temporary is not None:
-            self._temporary.close()
-            self._temporary = None
+        self._evictor.stop_blocking()
+        self._share.close_blocking()
 
     def _path(self, name: PageName) -> str:
         namespace, raw_key, head_start, head_end = name
         key = raw_key.hex()
         return f"{self._prefix}{namespace}/{key[:2]}/{key}.{head_start}-{head_end}.page"
+
+    def _delete(self, path: str) -> bool:
+        """Remove a page and count it; False if it was not there."""
+        try:
+            size_bytes = os.stat(path, follow_symlinks=False).st_size
+        except FileNotFoundError:
+            return False
+        if not _unlink(path):
+            return False
+        self._share.changed(-size_bytes, -1)
+        return True
 
     def _read_in_order(self, pages: Sequence[IncomingPage]) -> list[PageOutcome]:
         outcomes: list[PageOutcome] = []
@@ -177,17 +256,52 @@ class FileBackend(StorageBackend):
     def _write(self, page: OutgoingPage) -> PageOutcome:
         path = self._path(page.name)
         try:
-            if _has_size(path, page.size_bytes):
+            if self._is_there(path, page.size_bytes):
                 return PageResult.PRESENT
-            self._write_new(page, path)
+            if not self._share.claim(page.size_bytes):
+                self._no_space_pages += 1
+                return StorageError(f"no room for page {page.name}: {self._share.why_full()}", "no_space")
+            try:
+                self._write_new(page, path)
+            except FileNotFoundError:
+                # Somebody has deleted the folder under us; what is in it is gone, but the next pages need a place.
+                _logger.warning("file store %s: the folder was deleted; it is made anew", self._root)
+                self._share.open_blocking()
+                self._write_new(page, path)
         except OSError as error:
+            if error.errno in _NO_SPACE:
+                self._no_space_pages += 1
+                self._share.disk_is_full()
             return _fault(f"cannot write page {page.name}", error)
+        self._share.changed(page.size_bytes, 1)
         return PageResult.WRITTEN
 
+    def _is_there(self, path: str, size_bytes: int) -> bool:
+        """Is the page stored?  If so it has been used just now."""
+        try:
+            found = os.stat(path, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        if found.st_size != size_bytes:
+            return False
+        if time.time() - found.st_mtime >= TOUCH_INTERVAL_S:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)
+        return True
+
+    def _touch_parent(self, page: OutgoingPage) -> None:
+        """A page that gets a child is in use: whoever evicts looks at its time last of all."""
+        if page.parent == ROOT_PARENT:
+            return
+        path = self._path(page.name._replace(key=page.parent))
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - os.stat(path, follow_symlinks=False).st_mtime >= TOUCH_INTERVAL_S:
+                os.utime(path, follow_symlinks=False)
+
     def _write_new(self, page: OutgoingPage, path: str) -> None:
-        if self._temporary is None:
+        temporary = self._share.temporary_path()
+        if temporary is None:
             raise StorageError("the file backend is not open", "contract")
-        temporary = self._temporary.next_path()
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             try:
@@ -257,13 +371,6 @@ def _write_all(descriptor: int, buffers: list[bytes | memoryview], offset: int) 
         raise OSError(errno.ENOSPC, f"only {written} of {wanted} bytes were taken")
 
 
-def _has_size(path: str, size_bytes: int) -> bool:
-    try:
-        return os.stat(path, follow_symlinks=False).st_size == size_bytes
-    except FileNotFoundError:
-        return False
-
-
 def _unlink(path: str) -> bool:
     """Remove a file; False if it was not there."""
     try:
@@ -285,4 +392,5 @@ def _sync_folder(folder: Path) -> None:
 
 def _fault(what: str, error: OSError) -> StorageError:
     """An error of the system as a value."""
-    return StorageError(f"{what}: {error}", "no_space" if error.errno in _NO_SPACE else "io")
+    reason = "no_space" if error.errno in _NO_SPACE else "refused" if error.errno in _REFUSED else "io"
+    return StorageError(f"{what}: {error}", reason)

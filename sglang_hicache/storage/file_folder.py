@@ -19,10 +19,20 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from sglang_hicache.errors import StorageError
+from sglang_hicache.storage.settings import FileSettings
 
 #: A default only: a folder named in the extra config wins over it.
 STORAGE_DIR_ENV = "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"
+
+#: Defaults only, as well.
+_SETTING_ENVS = {
+    "max_size": "SGLANG_HICACHE_FILE_BACKEND_MAX_SIZE",
+    "min_free_space": "SGLANG_HICACHE_FILE_BACKEND_MIN_FREE_SPACE",
+    "eviction_ratio": "SGLANG_HICACHE_FILE_BACKEND_EVICTION_RATIO",
+}
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -110,6 +120,19 @@ def storage_folder(explicit: str) -> Path:
     # The XDG rules say that a relative path there is to be ignored.
     base = Path(cache) if os.path.isabs(cache) else Path(home) / ".cache"
     return base / "sglang_hicache" / "storage"
+
+
+def with_environment(settings: FileSettings) -> FileSettings:
+    """The settings, and where they say nothing what the environment says."""
+    given = msgspec.structs.asdict(settings)
+    found = {key: os.environ[env] for key, env in _SETTING_ENVS.items() if os.environ.get(env) and given[key] is None}
+    if given["low_watermark"] is not None:
+        found.pop("eviction_ratio", None)
+    try:
+        return msgspec.convert(given | found, FileSettings, strict=False)
+    except msgspec.ValidationError as error:
+        names = ", ".join(_SETTING_ENVS[key] for key in found)
+        raise StorageError(f"{names} in the environment: {error}", "refused") from error
 
 
 def make_private(folder: Path) -> None:

@@ -2,10 +2,10 @@
 
     <root>/<namespace>/<first two digits of the key>/<key>.<head_start>-<head_end>.page
 
-and beside the namespaces what `OWN_NAMES` lists.  Used by `file.py` (one namespace), by the evictor (all of them, folder
-by folder) and by whoever looks at a store that no server has open.  Ours is a regular file at such a path whose first
-bytes are our magic, or that is too short to hold them: a page that a power cut tore.  Whatever else lies under the root
-belongs to somebody else.  Nothing here writes, and no link is followed.
+and beside the namespaces what `OWN_NAMES` lists.  Used by `file.py` (one namespace), by `file_index.py` (all of them,
+folder by folder) and by whoever looks at a store that no server has open.  Ours is a regular file at such a path whose
+first bytes are our magic, or that is too short to hold them: a page that a power cut tore.  Whatever else lies under
+the root belongs to somebody else.  Nothing here writes, and no link is followed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from sglang_hicache.storage.page_format import HEADER_BYTES, MAGIC, PageName
 
 #: Without O_NONBLOCK a named pipe in a page's place would hold a reader for ever.
 READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+
+#: Files touched less than this ago are left alone: a touch costs as much as reading a small page.
+TOUCH_INTERVAL_S = 60.0
 
 #: What else the store keeps in its root: pages being written, bad pages, who may evict, and what was counted.
 TMP, QUARANTINE, EVICTOR_LOCK, USAGE = OWN_NAMES = ("tmp", "quarantine", "evictor.lock", "usage.json")
@@ -40,7 +43,7 @@ class PageFile(NamedTuple):
     path: str
     name: PageName
     size_bytes: int
-    #: When the page was last used, to the minute; see `file.TOUCH_INTERVAL_S`.
+    #: When the page was last used, to the minute; see `TOUCH_INTERVAL_S`.
     mtime_s: float
 
 

@@ -11,11 +11,16 @@ from typing import Any, Literal
 import msgspec
 
 from sglang_hicache.errors import UserError
+from sglang_hicache.storage.capacity import DEFAULT_HIGH, DEFAULT_LOW, parse_size
 
 #: A pipe takes this much without anybody reading: the config reaches the storage process before it has started.
 LARGEST_CONFIG_BYTES = 32 * 1024
 
 _DAY_S = 86_400.0
+_TEN_YEARS_S = 10 * 365 * 86_400
+
+#: Above this a low watermark would have pages go one at a time.
+_HIGHEST_LOW = 0.99
 
 
 class PrefetchSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,12 +60,56 @@ class BackendSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Base of the record that a backend gets."""
 
 
-class MemorySettings(BackendSettings, frozen=True, kw_only=True):
-    """The reference backend takes nothing."""
+class CapacitySettings(BackendSettings, frozen=True, kw_only=True):
+    """How much a backend that stores bytes itself may hold, and what goes when that is too little."""
+
+    #: Most bytes of pages: a number, or a text such as "200GB" or "1.5TiB"; 0: no limit; null: the backend's default.
+    max_size: int | str | None = None
+    #: Share of the limit above which pages go; null: 0.95.
+    high_watermark: float | None = None
+    #: Share of the limit at which that ends; null: `eviction_ratio`, else 0.85.
+    low_watermark: float | None = None
+    #: The name of the low watermark in configurations that clients already have.
+    eviction_ratio: float | None = None
+    #: Seconds after which a page that nobody used goes, however much room there is; 0: never.
+    ttl_s: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_size is not None:
+            parse_size(self.max_size)
+        for name in ("high_watermark", "low_watermark", "eviction_ratio"):
+            share = msgspec.structs.asdict(self)[name]
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"{name}={share} is not allowed; it takes a share of max_size, above 0 and at most 1")
+        if self.low_watermark is not None and self.eviction_ratio is not None:
+            raise ValueError("low_watermark and eviction_ratio are two names for one thing; give one of them")
+        high, low = self.watermarks()
+        if high <= low:
+            raise ValueError(f"high_watermark={high} is not above low_watermark={low}: pages would go one at a time")
+        if not 0 <= self.ttl_s <= _TEN_YEARS_S:
+            raise ValueError(f"ttl_s={self.ttl_s} is not allowed; it takes seconds from 0 (never) to {_TEN_YEARS_S}")
+
+    def max_bytes(self) -> int | None:
+        """The limit; 0: none; None: the backend's default."""
+        return None if self.max_size is None else parse_size(self.max_size)
+
+    def watermarks(self) -> tuple[float, float]:
+        """High and low.  A client that knows only `eviction_ratio` gets a high one that is above it."""
+        if self.eviction_ratio is not None:
+            low = min(self.eviction_ratio, _HIGHEST_LOW)
+        else:
+            low = DEFAULT_LOW if self.low_watermark is None else self.low_watermark
+        if self.high_watermark is not None:
+            return self.high_watermark, low
+        return (max(DEFAULT_HIGH, (1 + low) / 2) if self.eviction_ratio is not None else DEFAULT_HIGH), low
 
 
-class FileSettings(BackendSettings, frozen=True, kw_only=True):
-    """Pages as files."""
+class MemorySettings(CapacitySettings, frozen=True, kw_only=True):
+    """The reference backend: 4 GiB for each rank unless `max_size` says otherwise."""
+
+
+class FileSettings(CapacitySettings, frozen=True, kw_only=True):
+    """Pages as files; 80 % of what is free on the disk, or its own already, unless `max_size` says otherwise."""
 
     #: Folder of the store; "" means SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR, else a private folder of the user.
     file_storage_path: str = ""
@@ -68,6 +117,24 @@ class FileSettings(BackendSettings, frozen=True, kw_only=True):
     #: page may be torn, the checksum makes it a miss, and a cache can afford that.  "data" syncs the page, "full"
     #: its folder as well.
     fsync: Literal["none", "data", "full"] = "none"
+    #: What stays free on the disk, in the form of max_size; null: 1 GiB, or 1 % of a disk of less than 100 GiB.
+    min_free_space: int | str | None = None
+    #: Taken because clients send it; it changes nothing, look-ups ask the file system, which has a cache of its own.
+    enable_metadata_cache: bool = False
+    #: Taken because clients send it, as above.
+    metadata_ttl: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_free_space is not None:
+            parse_size(self.min_free_space)
+        path = self.file_storage_path
+        if "\0" in path or path != path.encode(errors="ignore").decode():
+            raise ValueError(f"file_storage_path={path!r} holds a character that no path may have")
+
+    def min_free_bytes(self) -> int | None:
+        """What stays free; None: the default for the disk."""
+        return None if self.min_free_space is None else parse_size(self.min_free_space)
 
 
 FaultKind = Literal[

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from sglang_hicache.storage.page_format import PageLayout, Part
 
 NAMESPACE = "5a" * 32
 PAGE_BYTES = 4096
+PATIENCE_S = 60.0
 
 
 def key(number: int) -> bytes:
@@ -51,6 +55,14 @@ def backend(name: str, config: dict[str, Any], rank: int = 0) -> StorageBackend:
 def store(opened: StorageBackend, **kwargs: Any) -> CheckedStore:
     """The checked view of a backend."""
     return CheckedStore(opened, layout(**kwargs))
+
+
+def wait_until(holds: Callable[[], bool], what: str) -> None:
+    """Wait for another thread or process."""
+    deadline, never = time.monotonic() + PATIENCE_S, threading.Event()
+    while not holds():
+        assert time.monotonic() < deadline, what
+        never.wait(0.01)
 
 
 def page_files(root: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sglang_hicache.errors import StorageError
-from sglang_hicache.storage import file, file_folder
+from sglang_hicache.storage import file, file_folder, file_pages
 from sglang_hicache.storage.checked import BatchResult
 from sglang_hicache.storage.page_format import CHUNK_BYTES, HEADER_BYTES, WRITE_CHUNK_BYTES
 from tests.storage import pages
@@ -55,8 +55,9 @@ class TestFolder:
         assert file_folder.storage_folder("") == tmp_path / ".cache/sglang_hicache/storage"
 
     def test_status_shows_the_path_in_use(self, open_backend: Open, root: Path) -> None:
-        backend = open_backend("file", {"file_storage_path": str(root), "fsync": "data"})
-        assert backend.info() == {"path": str(root), "fsync": "data"}
+        backend = open_backend("file", {"file_storage_path": str(root), "fsync": "data", "max_size": "2GiB"})
+        info = backend.info()
+        assert (info["path"], info["fsync"], info["max_size"]) == (str(root), "data", "2.0 GiB")
 
     def test_nobody_else_can_read_or_write_anything(self, open_backend: Open, tmp_path: Path) -> None:
         root = tmp_path / "above" / "store"
@@ -104,7 +105,8 @@ class TestTemporaryFiles:
         backend.open_blocking()
         _write(backend, 2)
         backend.close_blocking()
-        assert sorted(path for path in root.rglob("*") if path.is_file()) == pages.page_files(root)
+        left = {path for path in root.rglob("*") if path.is_file()} - {root / name for name in file_pages.OWN_NAMES}
+        assert sorted(left) == pages.page_files(root)
         assert list((root / "tmp").iterdir()) == []
 
     def test_what_the_dead_left_is_swept_and_what_the_living_use_is_not(self, open_backend: Open, root: Path) -> None:
@@ -115,7 +117,7 @@ class TestTemporaryFiles:
         (dead / "lock").touch()
         (dead / "17").write_bytes(b"half a page")
         open_backend("file", {"file_storage_path": str(root)}, rank=1)
-        assert not dead.exists()
+        pages.wait_until(lambda: not dead.exists(), "it is swept, by whoever was first")
         assert used.exists()
         assert _write(living, 1).pages == 1
 
@@ -129,7 +131,8 @@ class TestTemporaryFiles:
         result = _write(backend, 2)
         assert result.pages == 0
         assert result.reason.startswith("no_space: ")
-        assert [path.name for path in root.rglob("*") if path.is_file()] == ["lock"]
+        assert pages.page_files(root) == []
+        assert {path.name for path in root.glob("tmp/*/*")} <= {"lock", "usage"}
 
     def test_disk_that_takes_only_a_part_is_full(
         self, open_backend: Open, root: Path, monkeypatch: pytest.MonkeyPatch
@@ -275,7 +278,7 @@ class TestTouch:
         assert all(time.time() - path.stat().st_mtime < 100 for path in found)
 
     def test_pages_used_a_moment_ago_are_left_alone(self, open_backend: Open, root: Path) -> None:
-        backend, found = self._aged(open_backend, root, file.TOUCH_INTERVAL_S / 2)
+        backend, found = self._aged(open_backend, root, file_pages.TOUCH_INTERVAL_S / 2)
         before = [path.stat().st_mtime_ns for path in found]
         pages.store(backend).touch_blocking(pages.keys(3))
         assert [path.stat().st_mtime_ns for path in found] == before

@@ -21,6 +21,9 @@ from tests.storage.conftest import Open
 
 _SIZE = 120
 
+#: The children that are forked here beside the thread of an open store use nothing that this thread might hold.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
 
 def _in_child(work: Callable[[], None]) -> int:
     """Fork, do the work there, and say how the child ended."""

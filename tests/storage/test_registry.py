@@ -137,10 +137,10 @@ def test_config_that_does_not_fit_the_pipe_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "complaint"),
     [
-        ("file", '{"max_sise": 1}', "unknown extra config 'max_sise'; file takes file_storage_path, fsync"),
-        ("file", '{"fsync": "always"}', "Invalid enum value 'always'.*file takes file_storage_path, fsync"),
+        ("file", '{"max_sise": 1}', "unknown extra config 'max_sise'; file takes .*file_storage_path, fsync"),
+        ("file", '{"fsync": "always"}', "Invalid enum value 'always'.*file takes .*file_storage_path, fsync"),
         ("file", '{"file_storage_path": 3}', "Expected `str`, got `int`"),
-        ("memory", '{"fsync": "none"}', "memory takes no extra config"),
+        ("memory", '{"fsync": "none"}', "memory takes max_size, high_watermark"),
         ("faulty", "{}", "missing required field `inner`"),
         ("faulty", '{"inner": "faulty"}', "sabotage one real backend"),
         ("faulty", '{"inner": "file", "inner_config": {"x": 1}}', "unknown extra config 'x'; file takes"),

@@ -1,0 +1,232 @@
+"""What one process may write into a file store that several share, and what it has written.
+
+The process that evicts counts all pages and publishes the sum (`usage.json`) together with what every process's lease
+said at that moment.  From then on everybody adds what the leases say now and said then: no byte is counted twice, and
+none is forgotten when a process dies, because its lease stays until somebody counts again.  A process looks before it
+writes, and may then write a hundredth of the store before it looks again, so that all of them together overshoot the
+limit by at most that each.
+
+Called by both lanes and by the thread of `file_evictor.py`; its lock is held for a few small reads at most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from sglang_hicache.storage.capacity import Limits, size_text
+from sglang_hicache.storage.file_folder import Lease, TemporaryFolder, leases_blocking, make_private, refuse_unsafe
+from sglang_hicache.storage.file_pages import TMP, USAGE
+
+#: Share of the store that is written between two looks at what the others do, and the longest time between two.
+_GRANT_SHARE = 0.01
+_LOOK_S = 1.0
+
+#: The first page after an open, if it is as small as this, is let through: the self-test of an attach to a full store,
+#: which must come to run for anything to be evicted.
+_FREE_PAGE_BYTES = 8192
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """What was counted under a root; published for all processes on it."""
+
+    #: Bytes of all pages and of those set aside.
+    bytes: int
+    #: Smallest limit of all living processes; 0: none.
+    max_bytes: int
+    #: Files of pages by namespace.
+    files: dict[str, int]
+    #: What lies under the root and is not ours.
+    foreign_files: int
+    #: By lease: bytes and files that it had counted when this was counted.
+    counted: dict[str, tuple[int, int]]
+
+    def bytes_now(self, leases: Mapping[str, Lease]) -> int:
+        """Bytes with what was written and deleted since."""
+        return self.bytes + sum(lease.bytes - self.counted.get(name, (0, 0))[0] for name, lease in leases.items())
+
+    def files_now(self, leases: Mapping[str, Lease]) -> dict[str, int]:
+        """Files by namespace with what was written and deleted since."""
+        files = dict(self.files)
+        for name, lease in leases.items():
+            since = lease.files - self.counted.get(name, (0, 0))[1]
+            files[lease.namespace] = files.get(lease.namespace, 0) + since
+        return files
+
+
+_NOTHING_COUNTED = Usage(bytes=0, max_bytes=0, files={}, foreign_files=0, counted={})
+
+
+class View(msgspec.Struct, frozen=True):
+    """The store as one process saw it last."""
+
+    used_bytes: int = 0
+    free_bytes: int = 0
+    files: dict[str, int] = {}
+    foreign_files: int = 0
+
+
+class Share:
+    """One process's part in a store."""
+
+    def __init__(self, root: Path, rank: int, limits: Limits, lease: Lease, wake: Callable[[], None]) -> None:
+        self.root = root
+        #: What this process lets the store take.  The thread that evicts fills in the default when it knows the disk.
+        self.limits = limits
+        self._rank = rank
+        self._lease = lease
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._temporary: TemporaryFolder | None = None
+        self._is_first = True
+        self._granted = 0
+        self._looked_s = 0.0
+        self.view = View()
+
+    @property
+    def namespace(self) -> str:
+        """Whose pages this process uses."""
+        return self._lease.namespace
+
+    def open_blocking(self) -> None:
+        """Take part.  Called again when somebody has deleted the folder."""
+        with self._lock:
+            self._leave()
+            make_private(self.root)
+            refuse_unsafe(self.root)
+            make_private(self.root / TMP)
+            self._temporary = TemporaryFolder.create(self.root / TMP, self._rank)
+            self._temporary.tell(self._lease)
+            self._granted = 0
+
+    def close_blocking(self) -> None:
+        """Take part no longer."""
+        with self._lock:
+            self._leave()
+
+    def temporary_path(self) -> str | None:
+        """Where to write a page that has no name yet; None if the store is not open."""
+        return self._temporary.next_path() if self._temporary is not None else None
+
+    def claim(self, size_bytes: int) -> bool:
+        """May a page of this size be written now?"""
+        with self._lock:
+            if self._granted < size_bytes or time.monotonic() - self._looked_s > _LOOK_S:
+                self._look(size_bytes)
+            is_free = self._is_first and size_bytes <= _FREE_PAGE_BYTES
+            self._is_first = False
+            if self._granted < size_bytes:
+                return is_free
+            self._granted -= size_bytes
+            return True
+
+    def disk_is_full(self) -> None:
+        """The system took nothing, whatever was counted: look again before the next page."""
+        with self._lock:
+            self._granted = 0
+        self._wake()
+
+    def changed(self, size_bytes: int, files: int) -> None:
+        """So much was written, or deleted where it is negative."""
+        with self._lock:
+            lease = self._lease
+            self._lease = lease._replace(bytes=lease.bytes + size_bytes, files=lease.files + files)
+            self._tell()
+
+    def use_namespace(self, namespace: str) -> None:
+        """From now on this process uses the pages of another model."""
+        with self._lock:
+            self._lease = self._lease._replace(namespace=namespace)
+            self._tell()
+
+    def limit(self, max_bytes: int) -> None:
+        """From now on this process lets the store take so much."""
+        with self._lock:
+            self.limits = replace(self.limits, max_bytes=max_bytes)
+            self._lease = self._lease._replace(max_bytes=max_bytes)
+            self._granted = 0
+            self._tell()
+
+    def keep_free(self, min_free_bytes: int) -> None:
+        """From now on so much of the disk stays free."""
+        with self._lock:
+            self.limits = replace(self.limits, min_free_bytes=min_free_bytes)
+
+    def why_full(self) -> str:
+        """For whoever was refused."""
+        view, limits = self.view, self.limits
+        of = f" of at most {size_text(limits.max_bytes)}" if limits.max_bytes else ""
+        return (
+            f"the pages under {self.root} have {size_text(view.used_bytes)}{of}, and {size_text(view.free_bytes)} of "
+            f"the disk are free, of which {size_text(limits.min_free_bytes)} stay free"
+        )
+
+    def look_blocking(self) -> View:
+        """See how full the store is."""
+        with self._lock:
+            self._look(0)
+            return self.view
+
+    def publish_blocking(self, usage: Usage) -> None:
+        """Tell every process on this root what was counted."""
+        if self._temporary is None:
+            return
+        temporary = self._temporary.path / "usage"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        try:
+            raw = msgspec.json.encode(usage)
+            if os.write(descriptor, raw) != len(raw):
+                raise OSError(errno.ENOSPC, "the disk is full")
+        finally:
+            os.close(descriptor)
+        os.rename(temporary, self.root / USAGE)
+
+    def usage_blocking(self) -> Usage | None:
+        """What was counted last; None if that is not known."""
+        try:
+            raw = (self.root / USAGE).read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            return msgspec.json.decode(raw, type=Usage)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            # Torn by a power cut; it will be counted anew.
+            return None
+
+    def _look(self, wanted_bytes: int) -> None:
+        self._looked_s = time.monotonic()
+        try:
+            usage = self.usage_blocking() or _NOTHING_COUNTED
+            leases = leases_blocking(self.root / TMP)
+            disk = os.statvfs(self.root)
+        except FileNotFoundError:
+            # Somebody has deleted the folder: the write itself finds out and makes it anew.
+            self._granted = max(self._granted, wanted_bytes)
+            return
+        used, free = usage.bytes_now(leases), disk.f_bavail * disk.f_frsize
+        self.view = View(used, free, usage.files_now(leases), usage.foreign_files)
+        caps = [size for size in (self.limits.max_bytes, usage.max_bytes) if size]
+        limits = replace(self.limits, max_bytes=min(caps, default=0))
+        grant = max(wanted_bytes, int(_GRANT_SHARE * limits.ceiling(used, free)))
+        self._granted = min(grant, limits.room(used, free))
+        if limits.excess(used, free):
+            self._wake()
+
+    def _tell(self) -> None:
+        if self._temporary is not None:
+            # On a full disk even this may fail.  The next one says it all, and a count of the files knows it anyway.
+            with contextlib.suppress(OSError):
+                self._temporary.tell(self._lease)
+
+    def _leave(self) -> None:
+        if self._temporary is not None:
+            self._temporary.close()
+            self._temporary = None
