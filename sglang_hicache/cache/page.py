@@ -21,14 +21,12 @@ from itertools import chain as flatten
 from itertools import pairwise
 
 from sglang_hicache.errors import UserError
+from sglang_hicache.storage.page_format import FORMAT_VERSION
 
 #: Bytes of a page key and of a seed.
 KEY_BYTES = 32
 #: Bytes of one token in a flat key.
 TOKEN_BYTES = 4
-#: Version of the stored page (header, parts, order of bytes).  Part of the namespace: a store that was
-#: filled by another version is never read, and never misread.
-FORMAT_VERSION = 1
 
 _WIDEST_NARROW_TOKEN = 2**32 - 1
 _WIDEST_TOKEN = 2**64 - 1
@@ -139,6 +137,7 @@ def namespace(
     the config fields that shape K and V.
     """
     fields = {
+        # A store that was filled by another version is never read, and no page of it is taken for a damaged one.
         "format_version": FORMAT_VERSION,
         "weights_digest": weights_digest,
         "architecture": architecture,

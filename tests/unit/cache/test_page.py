@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_hicache.cache import page
 from sglang_hicache.cache.page import (
     bigram_page_keys,
     chain,
@@ -17,6 +18,7 @@ from sglang_hicache.cache.page import (
     page_keys,
 )
 from sglang_hicache.errors import UserError
+from sglang_hicache.storage.page_format import FORMAT_VERSION
 
 ONE_TO_EIGHT = list(range(1, 9))
 FIRST = "cf97adeedb59e05bfd73a2b4c2a8885708c4f4f70c84c64b27120e72ab733b72"
@@ -149,3 +151,10 @@ def test_namespace_is_64_hex_digits_and_stable():
 )
 def test_every_field_separates_namespaces(field, other):
     assert namespace(**{**FIELDS, field: other}) != namespace(**FIELDS)
+
+
+def test_the_format_of_stored_pages_separates_namespaces(monkeypatch):
+    """A server that meets pages of another version misses them; it does not find them, and find them damaged."""
+    before = namespace(**FIELDS)
+    monkeypatch.setattr(page, "FORMAT_VERSION", FORMAT_VERSION + 1)
+    assert namespace(**FIELDS) != before
