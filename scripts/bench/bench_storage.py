@@ -123,8 +123,9 @@ class Stored:
             self._client.send(make(self._next_op, span))
 
         def is_last(message: wire.FromStorage) -> bool:
-            if message.closed and message.pages != open_ops.pop(message.op_id):
-                raise SystemExit(f"an op stopped short: {message}")
+            if isinstance(message, wire.OpProgress) and message.closed:
+                if message.pages != open_ops.pop(message.op_id):
+                    raise SystemExit(f"an op stopped short: {message}")
             return not open_ops
 
         self._until(is_last)
