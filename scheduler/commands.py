@@ -9,6 +9,7 @@ leader's clock has passed their deadline.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 
 from sglang_hicache import wire
@@ -17,6 +18,8 @@ from sglang_hicache.config import PREFETCH_POLICIES, WRITE_POLICIES
 from sglang_hicache.errors import UserError
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.attachment_events import Answer, Attach, Cleared, Detach, State, Verdict
+
+log = logging.getLogger(__name__)
 
 NOT_HIERARCHICAL = "Hierarchical cache is not enabled: restart with --enable-hierarchical-cache."
 
@@ -32,6 +35,8 @@ class Commands:
         #: Attach commands that the slot works on: their policies take effect with the commit.
         self._attaching: dict[str, wire.AttachStorage] = {}
         self._clearing: dict[str, int] = {}
+        #: Detach commands that ended an attachment.
+        self._detaching: set[str] = set()
         #: Commands that wait for idleness, with the leader's clock when they stop waiting.
         self._waiting: dict[str, tuple[wire.FlushCache | wire.DetachStorage, int]] = {}
         self.answers: list[wire.CommandAnswer] = []
@@ -123,9 +128,7 @@ class Commands:
         """The attachment machine has finished with a command."""
         command = self._attaching.pop(answer.command_id, None)
         if command is None:
-            held = f" Pages held {answer.detail}." if answer.detail else ""
-            success = answer.verdict in (Verdict.OK, Verdict.PAGES_HELD)
-            self._answer(answer.command_id, success, f"HiCache storage detached successfully.{held}")
+            self._detached(answer)
             return
         name = command.backend
         if answer.verdict is Verdict.OK:
@@ -150,7 +153,25 @@ class Commands:
         elif blockers := self._not_idle():
             self._answer(command.id, False, f"Reject detach: scheduler is not idle. {blockers}")
         else:
-            self._tiers.carry_out(self._tiers.slot.handle(Detach(command.id)))
+            self._start_detach(command.id)
+
+    def _start_detach(self, command_id: str) -> None:
+        if self._tiers.slot.gate() is not None:
+            self._detaching.add(command_id)
+        self._tiers.carry_out(self._tiers.slot.handle(Detach(command_id)))
+
+    def _detached(self, answer: Answer) -> None:
+        """Answer a detach; if it ended an attachment, say what became of the pages."""
+        slot, message = self._tiers.slot, "HiCache storage detached successfully."
+        if answer.detail:
+            message += f" Pages held {answer.detail}."
+        if answer.command_id in self._detaching:
+            self._detaching.discard(answer.command_id)
+            if slot.last_error:  # the commit emptied it: this is how the attachment ended
+                message += f" It did not end by itself: {slot.last_error}."
+            if self._rank == 0:
+                log.info("storage detached: %s", self._tiers.backup.books.since_attach(), extra={"epoch": slot.epoch})
+        self._answer(answer.command_id, answer.verdict in (Verdict.OK, Verdict.PAGES_HELD), message)
 
     # -------------------------------------------------------------------------------------------- clear
 
@@ -190,11 +211,14 @@ class Commands:
             if isinstance(command, wire.DetachStorage):
                 if is_over or not self._tiers.blockers():
                     del self._waiting[command_id]
-                    self._tiers.carry_out(self._tiers.slot.handle(Detach(command_id)))
+                    self._tiers.server_ends()
+                    self._start_detach(command_id)
                 continue
             blockers = self._not_idle()
             if blockers and not is_over:
                 continue
+            if not blockers and not self._tiers.stop_uploads():
+                continue  # they end within a moment, and nothing can be emptied under them
             del self._waiting[command_id]
             if not blockers:
                 self._tiers.flush()

@@ -114,7 +114,7 @@ class SchedulerCore:
             self._abort(rid, effects)
         self.commands.look_again(plan.now_us)
         self._shares = self.admission.choose(self.tick, plan.now_us)
-        self.tiers.backup.pump(plan.now_us)
+        self.tiers.writer.pump(plan.now_us)
         self._collect(effects)
         return effects
 

@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 #: A process that has not ended this long after SIGKILL is in uninterruptible I/O; the leader must hear of it.
 REAP_TIMEOUT_US = 500_000
 
-QUEUE_FULL = "queue_full"
+#: Codes of ops that no process has seen.
+QUEUE_FULL, GONE = "queue_full", "gone"
 
 #: Why an op may stop short although nothing is wrong with the store.
 _HARMLESS = ("revoked", QUEUE_FULL)
@@ -137,14 +138,15 @@ class StorageDriver:
         process = self._processes.get(epoch)
         if process is not None and process.client.send(message):
             return
-        reason = QUEUE_FULL if process is not None else "the storage process is gone"
+        reason = GONE if process is None else QUEUE_FULL
         match message:
             case wire.ClearPages():
-                self._facts.clears.append(wire.ClearFact(message.command_id, reason))
+                why = "the storage process is gone" if process is None else reason
+                self._facts.clears.append(wire.ClearFact(message.command_id, why))
             case wire.LookupPages() | wire.ReadPages() | wire.WritePages():
-                self.counters.add(f"storage_refused_{QUEUE_FULL if process else 'gone'}")
+                self.counters.add(f"storage_refused_{reason}")
                 log.debug("not handed to storage: %s", reason, extra={"op": message.op_id, "epoch": epoch})
-                self._facts.ops[message.op_id] = wire.OpFact(message.op_id, 0, True, True)
+                self._facts.ops[message.op_id] = wire.OpFact(message.op_id, 0, True, True, reason)
             case wire.RevokeOp() if process is not None:
                 process.unsent.append(message)
 
@@ -182,8 +184,9 @@ class StorageDriver:
                 process.told = "could not open"
                 self._tell("open_failed", epoch, message.reason)
             case wire.OpProgress():
+                code = message.reason.partition(":")[0]
                 self._facts.ops[message.op_id] = wire.OpFact(
-                    message.op_id, message.pages, message.settled, message.closed
+                    message.op_id, message.pages, message.settled, message.closed, code
                 )
                 if message.corrupt:
                     self.counters.add("storage_corrupt_pages", message.corrupt)

@@ -69,15 +69,21 @@ class Ledger:
             facts = self._ops.get(op.id, {})
             if op.epoch in ending or (not facts and op.phase is not OpPhase.REVOKED):
                 continue
-            pages = min(f.pages for f in facts.values()) if len(facts) == self._ranks else 0
+            pages, reason = self._least(facts) if len(facts) == self._ranks else (0, "")
             closed = len(facts) == self._ranks and all(f.closed for f in facts.values())
             settled = len(facts) == self._ranks and all(f.settled for f in facts.values())
             # A revoked op is settled at once, with what has been reported: its request must not wait for a
             # process that may hang.
             is_news = op.phase is not OpPhase.SETTLED and (settled or op.phase is OpPhase.REVOKED)
             if closed or is_news:
-                outcomes.append(wire.OpOutcome(op.id, pages, closed))
+                outcomes.append(wire.OpOutcome(op.id, pages, closed, reason))
         return outcomes
+
+    @staticmethod
+    def _least(facts: dict[int, wire.OpFact]) -> tuple[int, str]:
+        """The fewest pages that any rank has, and why: the lowest of those ranks speaks for all of them."""
+        _, fact = min(facts.items(), key=lambda said: (said[1].pages, said[0]))
+        return fact.pages, fact.reason
 
     def clear_outcomes(self, core: SchedulerCore, overdue: set[str]) -> list[wire.ClearOutcome]:
         """Clears that every rank has finished, or that will not be finished."""

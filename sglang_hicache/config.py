@@ -54,6 +54,8 @@ class PoolConfig(_Record, kw_only=True):
     device_tokens: int
     #: Host pool in tokens, a multiple of page_size; 0 without hierarchical cache.
     host_tokens: int = 0
+    #: Bytes of keys and values of one token on one rank (the same number for all); 0: not known.
+    token_bytes: int = 0
 
 
 class CacheConfig(_Record, kw_only=True):
@@ -92,6 +94,8 @@ class StorageConfig(_Record, kw_only=True):
     lookup_timeout_s: float = 0.05
     #: Seconds after which a read or write that has not closed makes its storage process LOST.
     op_timeout_s: float = 30.0
+    #: MiB per second and rank at which an attach uploads what device and host hold already; 0: it uploads nothing.
+    upload_rate_mib: float = 64.0
 
 
 class SchedulerConfig(_Record, kw_only=True):

@@ -56,7 +56,9 @@ def pool_config(
         if memory.device_bytes is None:
             left_bytes -= facts.weights_bytes + device_tokens * token_bytes * args.tp_size
         host_tokens = _host_tokens(args, token_bytes, device_tokens, max(0, left_bytes), memory, rewrites)
-    return PoolConfig(page_size=args.page_size, device_tokens=device_tokens, host_tokens=host_tokens)
+    return PoolConfig(
+        page_size=args.page_size, device_tokens=device_tokens, host_tokens=host_tokens, token_bytes=token_bytes
+    )
 
 
 def _device_tokens(

@@ -201,6 +201,7 @@ def _storage(args: argparse.Namespace) -> StorageConfig:
         drain_timeout_s=args.hicache_storage_drain_timeout,
         lookup_timeout_s=args.hicache_storage_lookup_timeout,
         op_timeout_s=args.hicache_storage_op_timeout,
+        upload_rate_mib=args.hicache_upload_rate,
     )
 
 

@@ -149,6 +149,9 @@ def _storage(parser: argparse.ArgumentParser) -> None:
         help="a look-up that takes longer counts as a miss (default: 0.05)")  # fmt: skip
     add("--hicache-storage-op-timeout", type=_seconds, default=30.0, metavar="SECONDS",
         help="a read or write that takes longer means that the storage is lost (default: 30)")  # fmt: skip
+    add("--hicache-upload-rate", type=_rate, default=64.0, metavar="MIB_PER_S",
+        help="at which an attach uploads, on each rank and in the background, what device and host hold already; "
+        "0: it uploads nothing (default: 64)")  # fmt: skip
 
 
 def _http(parser: argparse.ArgumentParser) -> None:
@@ -204,6 +207,10 @@ def _number(text: str, least: float, most: float, allowed: str) -> float:
 
 def _seconds(text: str) -> float:
     return _number(text, 0, _DAY_S, f"a number of seconds above 0, at most {_DAY_S}")
+
+
+def _rate(text: str) -> float:
+    return 0.0 if text == "0" else _number(text, 0, 1e6, "a number of MiB per second up to 1000000, or 0")
 
 
 def _share(text: str) -> float:

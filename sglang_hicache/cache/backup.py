@@ -1,141 +1,252 @@
-"""Host -> storage: which nodes are offered to the store, parents first.
+"""Host -> storage: which nodes are offered to the store, parents first, and what becomes of every one of them.
 
-A node is offered when it has a host copy and is not yet marked stored under the present tag (epoch, store
-generation); it is written only after its parent is so marked, so what the store holds is prefix-closed and no page
-is written that no look-up could reach.  "Stored" is a hint: detach, switch and clear change the tag, and the next
-request that touches a node offers it again.  Replicated; changed only by `apply`.
+A node is offered when it has a host copy and is not marked stored under the present tag (epoch, store generation):
+when its copy has landed, when a request comes by, when its parent is stored.  Its parent is stored or waits, too, so
+that what the store holds is prefix-closed.  Who is given up is *dirty*: offered again when a request touches it the
+next time, or storage is attached anew.  `Books` counts each way in which a page stays unstored, `BackupWriter` writes.
+
+Attaching offers what device and host hold already, as uploads: in the background, behind every fresh backup.
+
+"Stored" is a hint: detach, switch, clear and a read that comes back short take it back.  Replicated; changed only by
+`apply`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import deque
 
-from sglang_hicache import wire
+from sglang_hicache.cache.backup_books import Books
+from sglang_hicache.cache.backup_line import BackupLine, Turn, Waiting
 from sglang_hicache.cache.controller import CacheController
-from sglang_hicache.cache.op import Op, OpKind
+from sglang_hicache.cache.loss import Loss
 from sglang_hicache.cache.storage_ops import StorageOps
-from sglang_hicache.cache.tree import Node
+from sglang_hicache.cache.tree import Node, Watcher
 from sglang_hicache.errors import IntegrityError
 
 #: Nodes that may wait to be written; beyond it the oldest is dropped and counted (it is offered again when touched).
 MAX_QUEUED = 16384
-#: Writes in flight: enough to keep the lane busy while answers travel, few enough to drain fast.
-MAX_WRITES = 16
 
 
-class BackupQueue:
-    """Nodes that wait for their turn, and the writes under way."""
+class BackupQueue(Watcher):
+    """Nodes that wait to be written."""
 
-    def __init__(self, controller: CacheController, storage: StorageOps, page_size: int) -> None:
+    def __init__(self, controller: CacheController, storage: StorageOps, page_size: int, uploads: bool) -> None:
         self._controller = controller
+        self._tree = controller.tree
         self._storage = storage
-        self._page_size = page_size
-        self._queue: dict[int, Node] = {}
-        #: By node id: writes under way, and writes of lost attachments that still hold their pages.
-        self._writing: dict[int, Op] = {}
-        #: In tokens.
-        self.counters: Counter[str] = Counter()
+        self._uploads = uploads
+        self._tag: tuple[int, int] | None = None
+        self.line = BackupLine()
+        self.books = Books(page_size)
+        self.counters, self.lost = self.books.counters, self.books.lost
+        #: Nodes on the device only, which an upload copies to the host first as long as there is room.
+        self.to_copy: deque[Node] = deque()
+        #: Pages of the latest upload when it began.
+        self.upload_pages = 0
+        #: Why a node that waits when the attachment ends is lost.
+        self.ending = Loss.DETACHED
+        #: Somebody came since `BackupWriter` looked.
+        self.has_news = False
+        #: Nothing is started: the weights are about to change.
+        self.is_held = False
+        self._tree.watcher = self
 
     def __len__(self) -> int:
-        return len(self._queue)
+        """Fresh backups that wait.  Uploads are nobody's obligation: a detach drops them."""
+        return len(self.line)
+
+    def uploads_left(self) -> int:
+        """Pages that the upload has still to write."""
+        return self.line.uploads.pages + sum(node.page_count for node in self.to_copy)
+
+    # ---------------------------------------------------------------------------------------- who is offered
+
+    def follow(self) -> bool:
+        """Storage may have been attached, detached or cleared.  True: another one than before is attached."""
+        tag = self._storage.tag
+        if tag == self._tag:
+            return False
+        before, self._tag = self._tag, tag
+        if tag is None:
+            self.give_up_all(self.ending)
+            return False
+        if before is not None and before[0] == tag[0]:
+            self._offer_parents_again()
+            return False
+        self.books.attached()
+        self._begin_upload()
+        return True
 
     def offer(self, nodes: list[Node]) -> None:
-        """Nodes that have, or may have, a host copy: queue those that the store lacks."""
-        tag = self._storage.tag
-        if tag is None:
-            return
+        """A request came by these nodes, or their copies have landed; parents first."""
         for node in nodes:
-            if node.host_pages is not None and node.stored != tag and node.id not in self._writing:
-                self._queue[node.id] = node
-        while len(self._queue) > MAX_QUEUED:
-            dropped = self._queue.pop(next(iter(self._queue)))
-            self.counters["queue_full"] += dropped.page_count * self._page_size
+            self._offer(node, is_upload=False)
+        while len(self.line) > MAX_QUEUED and (oldest := self.line.oldest()) is not None:
+            self.lose(oldest.node, Loss.QUEUE_FULL)
 
-    def can_start(self) -> bool:
-        """A call of `pump` would start something, or empty the queue."""
-        return bool(self._queue) and self._storage.count(OpKind.WRITE) < MAX_WRITES
-
-    def pump(self, now_us: int) -> None:
-        """Start as many writes as may run."""
-        tag = self._storage.tag
-        if tag is None:
-            self._queue.clear()  # the tag is gone with its attachment; touched nodes are offered to the next one
+    def _offer(self, node: Node, is_upload: bool) -> None:
+        """Let a node wait, if the store lacks it and its parent is stored or waits, too."""
+        if self._tag is None or node.host_pages is None or node.landing or node.stored == self._tag:
             return
-        while self.can_start():
-            node = self._queue.pop(next(iter(self._queue)))
-            first = self._first_missing(node, tag)
-            if first is not None:
-                self._write(first, now_us)
+        entry = self.line.get(node)
+        if entry is None and self._may_follow(node):  # if not, its parent will offer it
+            self.books.offered(node)
+            self.place(self.line.add(node, is_upload))
+            self.has_news = True
+        if not is_upload and self.line.promote(node):
+            self.has_news = True
 
-    def _first_missing(self, node: Node, tag: tuple[int, int]) -> Node | None:
-        """The highest node on the way to this one that the store lacks; None if nothing can be written now."""
-        tree = self._controller.tree
-        if node.host_pages is None or node.landing or node.stored == tag:
-            return None
-        first = node
-        while not tree.is_root(first.parent) and first.parent.stored != tag:
-            first = first.parent
-            if first.id in self._writing:
-                return None  # its end offers the children
-            if first.landing:
-                return None  # so does the end of its copy
-            if first.host_pages is None:
-                self.counters["ancestor_not_on_host"] += node.page_count * self._page_size
-                return None
-        return None if first.id in self._writing else first
+    def _begin_upload(self) -> None:
+        """Everything that device or host hold already, parents first."""
+        if self._uploads:
+            for node in self._tree.nodes():
+                self._offer(node, is_upload=True)
+                if node.host_pages is None and self._controller.wants_copy(node):
+                    self.to_copy.append(node)
+            self.has_news |= bool(self.to_copy)
+        self.upload_pages = self.uploads_left()
 
-    def _write(self, node: Node, now_us: int) -> None:
-        op = self._storage.admit(OpKind.WRITE, node.page_count, now_us)
-        if op is None:
-            raise IntegrityError(f"storage is on, fewer than {MAX_WRITES} writes run, and it takes none of {node!r}")
-        op.node = node
-        self._queue.pop(node.id, None)
-        self._writing[node.id] = op
-        tree = self._controller.tree
-        tree.lock_host(node)
-        self._storage.send(op, wire.WritePages(
-            op_id=op.id, keys=tree.keys_of(node), host_pages=list(node.host_pages or ()),
-            parent=tree.parent_key(node), depth=node.depth_pages,
-        ))
+    def _offer_parents_again(self) -> None:
+        """The store was cleared.  Nothing is written again but what is touched, and what must lie before it."""
+        for entry in self.line.entries():
+            above, path = entry.node.parent, []
+            while above is not None and not self._tree.is_root(above) and above not in self.line:
+                path.append(above)
+                above = above.parent
+            for node in reversed(path):
+                self._offer(node, entry.is_upload)
+            if entry.turn is Turn.LINE:
+                self.place(entry)
 
-    def close(self, op: Op) -> None:
-        """Every rank has let go of the pages: mark what is stored, offer the children."""
-        node = self._end(op)
-        self._storage.close(op)
-        self.counters["backuped"] += op.done * self._page_size
-        self.counters["failed"] += (op.pages - op.done) * self._page_size
-        tag = (op.epoch, op.generation)
-        if node is None or not self._storage.is_stored(tag):
+    def _may_follow(self, node: Node) -> bool:
+        """Its parent is stored, or will be before it."""
+        parent = node.parent
+        return parent is not None and (self._is_stored(parent) or parent in self.line)
+
+    def _is_stored(self, node: Node) -> bool:
+        return self._tree.is_root(node) or node.stored == self._tag
+
+    def place(self, entry: Waiting) -> None:
+        """Into the line, or behind its parent; nowhere if the store could not be asked for it."""
+        parent = entry.node.parent
+        if parent is not None and self._is_stored(parent):
+            self.line.move(entry, Turn.LINE)
+        elif self._may_follow(entry.node):
+            self.line.move(entry, Turn.PARENT)
+        else:
+            self.lose(entry.node, Loss.PARENT_LOST)
+
+    # --------------------------------------------------------------------------------------- what is stored
+
+    def written(self, entry: Waiting, tag: tuple[int, int]) -> None:
+        """It is stored, and its children may follow."""
+        node = entry.node
+        self.line.remove(node)
+        self.books.written(node)
+        node.stored = tag
+        self._offer(node, is_upload=True)  # the store that has it may be another one than the present
+        self._release(node, entry.is_upload)
+
+    def found(self, node: Node, tag: tuple[int, int]) -> None:
+        """A read has brought these pages from the store."""
+        entry = self.line.get(node)
+        if entry is not None and (tag != self._tag or entry.turn is Turn.WRITING):
             return
-        covered = 0
-        for part in self._controller.tree.span(node, op.pages):
-            covered += part.page_count
-            if covered > op.done:
-                return
-            part.stored = tag
-            self.offer(list(part.children.values()))
+        if entry is not None:
+            self.line.remove(node)
+            self.books.found(node)
+        node.stored = tag
+        self._release(node, is_upload=False)
 
-    def epoch_gone(self, op: Op) -> None:
-        """The op went with its attachment."""
-        self._end(op)
-        self.counters["detached"] += op.pages * self._page_size
+    def not_there(self, seed: bytes, key: bytes, page: int) -> None:
+        """The store lacks this page of `key`: a node that is believed to be stored is offered again, or whatever lies
+        behind it stays out of reach for ever."""
+        node = self._tree.holder(seed, key, page)
+        if node is None or self._tag is None or node.stored != self._tag:
+            return
+        node.stored = None
+        self._offer(node, is_upload=False)
+        self._release(node, is_upload=False)
 
-    def before_flush(self) -> list[int]:
-        """Writes in quarantine take their pages out of the tree, which forgets them: the pages are returned."""
-        taken: dict[int, None] = {}
-        for op in list(self._writing.values()):
-            node = self._end(op)
-            for part in self._controller.tree.span(node, op.pages) if node is not None else ():
-                # Two writes share pages if a node was split under the first one: the first keeps them.
-                fresh = [page for page in part.host_pages or () if page not in taken]
-                op.host_pages += fresh
-                taken |= dict.fromkeys(fresh)
-            op.node = None
-        return list(taken)
+    def _release(self, node: Node, is_upload: bool) -> None:
+        """The children of a node that was stored, or turned out not to be."""
+        for child in list(node.children.values()):
+            entry = self.line.get(child)
+            if entry is not None:
+                if entry.turn in (Turn.PARENT, Turn.LINE):
+                    self.place(entry)
+            elif not self._was_stored(child):
+                self._offer(child, is_upload)
 
-    def _end(self, op: Op) -> Node | None:
-        node = op.node
-        if node is not None:
-            self._writing.pop(node.id, None)
-            self._controller.tree.unlock_host(node)
-        return node
+    def _was_stored(self, node: Node) -> bool:
+        """In this attachment.  If the store was cleared since, that was somebody's wish: the page is not lost, and it
+        is not written again before somebody touches it."""
+        return node.stored is not None and self._tag is not None and node.stored[0] == self._tag[0]
+
+    # -------------------------------------------------------------------------------------- what is given up
+
+    def lose(self, node: Node, reason: Loss) -> None:
+        """Give up a node that waits, and those that wait behind it."""
+        stack = [(node, reason)]
+        while stack:
+            node, why = stack.pop()
+            if self.line.remove(node) is None:
+                continue
+            self.books.given_up(node, why)
+            for child in node.children.values():
+                entry = self.line.get(child)
+                if entry is not None and entry.turn is not Turn.WRITING:  # that one may still be stored
+                    stack.append((child, Loss.PARENT_LOST))
+
+    def give_up_all(self, reason: Loss) -> None:
+        """Nobody that waits will have a turn.  What is being written has had it."""
+        self.to_copy.clear()
+        for entry in self.line.entries():
+            if entry.turn is not Turn.WRITING and self.line.remove(entry.node) is not None:
+                self.books.given_up(entry.node, reason)
+
+    def cache_ends(self, reason: Loss) -> None:
+        """Device and host are emptied, or the server ends: whatever is not stored now never will be."""
+        self.give_up_all(reason)
+        for node in self._tree.nodes():
+            self._never_offered(node, reason, node.host_pages is not None)
+
+    def _never_offered(self, node: Node, reason: Loss, had_host: bool) -> None:
+        """A node goes, or all do, and this one never had its turn."""
+        if self._tag is None or node.lost is not None or node in self.line or self._was_stored(node):
+            return
+        by_policy = not had_host and self._controller.is_below_threshold(node)
+        self.books.offered(node)
+        self.books.given_up(node, Loss.POLICY if by_policy else reason)
+
+    # ------------------------------------------------------------------------------------- told by the tree
+
+    def divided(self, upper: Node, lower: Node) -> None:
+        self.line.divide(upper, lower)
+
+    def left_host(self, node: Node) -> None:
+        self.lose(node, Loss.EVICTED_BEFORE_BACKUP)
+
+    def removed(self, node: Node, had_host: bool) -> None:
+        parent = node.parent
+        reason = Loss.EVICTED_BEFORE_BACKUP if had_host else Loss.HOST_PRESSURE
+        if had_host and parent is not None and not self._is_stored(parent) and parent not in self.line:
+            reason = Loss.PARENT_LOST
+        self._never_offered(node, reason, had_host)
+
+    # -------------------------------------------------------------------------------------------- integrity
+
+    def check(self) -> None:
+        """Books that add up, and nobody in line whose parent the store lacks.  Raises IntegrityError."""
+        entries = self.line.entries()
+        complaint = self.books.balance([entry.node for entry in entries])
+        for entry in entries:
+            node, parent = entry.node, entry.node.parent
+            if node.host_pages is None:
+                complaint = f"{node!r} waits to be written and is not on the host"
+            elif parent is None or (entry.turn is Turn.LINE and not self._is_stored(parent)):
+                complaint = f"{node!r} is in line before {parent!r} is stored"
+            elif entry.turn is Turn.PARENT and parent not in self.line:
+                complaint = f"{node!r} waits for {parent!r}, which does not wait"
+        if complaint:
+            raise IntegrityError(complaint)

@@ -154,15 +154,36 @@ class CacheController:
             if node.host_pages is not None or node.landing:
                 continue
             if node.hit_count < threshold:
+                self.counters["below_policy"] += node.page_count * self._page_size
                 return
             host_pages = self.allocate_host(node.page_count)
             if host_pages is None:
                 self.counters["dropped_host_pressure"] += node.page_count * self._page_size
                 return
-            op = self.ops.add(OpKind.WRITE_THROUGH, node.page_count)
-            op.node, op.host_pages, node.landing = node, host_pages, op.id
-            self.tree.lock_device(node)
-            self.copies_out.append(Copy(op.id, list(node.device_pages or ()), host_pages))
+            self._copy_out(node, host_pages)
+
+    def _copy_out(self, node: Node, host_pages: list[int]) -> None:
+        op = self.ops.add(OpKind.WRITE_THROUGH, node.page_count)
+        op.node, op.host_pages, node.landing = node, host_pages, op.id
+        self.tree.lock_device(node)
+        self.copies_out.append(Copy(op.id, list(node.device_pages or ()), host_pages))
+
+    def is_below_threshold(self, node: Node) -> bool:
+        """The write policy waits for more hits before it copies the node to the host."""
+        return node.hit_count < WRITE_THRESHOLD.get(self.write_policy, 0)
+
+    def wants_copy(self, node: Node) -> bool:
+        """By the policy the node should be on the host, and is not: there was no room when its turn came."""
+        is_missing = node.device_pages is not None and node.host_pages is None and not node.landing
+        return is_missing and self.write_policy in WRITE_THRESHOLD and not self.is_below_threshold(node)
+
+    def copy_if_free(self, node: Node) -> bool:
+        """Copy the node to the host if that displaces nothing."""
+        host = self._need_host()
+        if not self.wants_copy(node) or host.free_count < node.page_count:
+            return False
+        self._copy_out(node, host.alloc(node.page_count) or [])
+        return True
 
     def load_back(self, match: Match) -> list[int] | None:
         """Bring the host part of a match to the device; the caller holds locks on both its nodes."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from sglang_hicache import wire
+from sglang_hicache.cache.backup import BackupQueue
 from sglang_hicache.cache.controller import CacheController
 from sglang_hicache.cache.op import Op, OpKind, OpPhase
 from sglang_hicache.cache.page import page_keys
@@ -34,6 +35,9 @@ class PrefetchPhase(Enum):
     STOPPING = "stopping"  # revoked; the next plan says what counts
     OVER = "over"
 
+
+#: Codes that say nothing of the page at which an op stopped.
+UNASKED = ("revoked", "queue_full", "gone")
 
 #: Phases in which pages may still arrive.
 RUNNING = (PrefetchPhase.LOOKUP, PrefetchPhase.READ)
@@ -64,10 +68,12 @@ class Prefetcher:
     """All prefetches of this replica, by request id."""
 
     def __init__(
-        self, controller: CacheController, storage: StorageOps, page_size: int, policy: str, lookup_timeout_s: float
+        self, controller: CacheController, storage: StorageOps, backup: BackupQueue, page_size: int, policy: str,
+        lookup_timeout_s: float,
     ) -> None:
         self._controller = controller
         self._storage = storage
+        self._backup = backup
         self._page_size = page_size
         self._lookup_timeout_us = int(lookup_timeout_s * 1e6)
         self.policy = policy
@@ -191,6 +197,7 @@ class Prefetcher:
             return
         prefetch.phase = PrefetchPhase.OVER
         hit = op.done
+        self._missed(prefetch, op)
         if hit < self.threshold_pages:
             self.counters["miss"] += len(prefetch.keys) * self._page_size
             return
@@ -216,6 +223,7 @@ class Prefetcher:
         prefetch.phase = PrefetchPhase.OVER
         if op.done < op.pages:
             self.counters["storage_transfer"] += (op.pages - op.done) * self._page_size
+            self._missed(prefetch, op)
         pages, op.host_pages = op.host_pages[: op.done], op.host_pages[op.done :]
         if not pages:
             return
@@ -229,12 +237,16 @@ class Prefetcher:
             return
         prefetch.published = len(pages)
         self.counters["prefetched"] += len(pages) * self._page_size
-        tag = (op.epoch, op.generation)
-        if self._storage.is_stored(tag):
-            part: Node | None = node
-            while part is not None and part.depth_pages >= prefetch.start_page and part.page_count:
-                part.stored = tag
-                part = part.parent
+        part: Node | None = node
+        while part is not None and part.depth_pages >= prefetch.start_page and part.page_count:
+            self._backup.found(part, (op.epoch, op.generation))
+            part = part.parent
+
+    def _missed(self, prefetch: Prefetch, op: Op) -> None:
+        """The store has not given the page after the last: somebody else may have put it into the tree meanwhile, and
+        believe it stored."""
+        if op.done < op.pages and op.reason not in UNASKED:
+            self._backup.not_there(prefetch.seed, prefetch.key, prefetch.start_page + op.done)
 
     def close(self, op: Op) -> None:
         """No rank touches the pages any more."""

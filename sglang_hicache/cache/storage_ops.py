@@ -8,7 +8,7 @@ here.  Replicated; changed only by `apply`.
 from __future__ import annotations
 
 from sglang_hicache import wire
-from sglang_hicache.cache.op import Op, OpKind, OpTable
+from sglang_hicache.cache.op import WRITES, Op, OpKind, OpTable
 from sglang_hicache.storage.attachment import StorageSlot
 from sglang_hicache.storage.attachment_events import Admitted, Instruction, OpClosed
 
@@ -62,9 +62,9 @@ class StorageOps:
 
         Sixteen large writes to a slow store take longer than one may; only a lane that stands still is lost.
         """
-        is_write = ended.kind is OpKind.WRITE
+        is_write = ended.kind in WRITES
         for op in self._ops.of_epoch(ended.epoch):
-            if op.deadline_us and (op.kind is OpKind.WRITE) == is_write:
+            if op.deadline_us and (op.kind in WRITES) == is_write:
                 op.deadline_us = now_us + self._op_timeout_us
 
     def close(self, op: Op) -> None:

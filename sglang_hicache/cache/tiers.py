@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 
 from sglang_hicache import wire
 from sglang_hicache.cache.backup import BackupQueue
+from sglang_hicache.cache.backup_pace import Limits
+from sglang_hicache.cache.backup_writer import BackupWriter
 from sglang_hicache.cache.controller import CacheController, Copy
 from sglang_hicache.cache.digest import StateDigest
 from sglang_hicache.cache.evict import EvictionPolicy
+from sglang_hicache.cache.loss import Loss
 from sglang_hicache.cache.measures import Measures
-from sglang_hicache.cache.op import COPIES, Op, OpKind, OpPhase, OpTable
+from sglang_hicache.cache.op import COPIES, WRITES, Op, OpKind, OpPhase, OpTable
 from sglang_hicache.cache.pools import PageAllocator
 from sglang_hicache.cache.prefetch import Prefetcher
 from sglang_hicache.cache.quarantine import Quarantine
@@ -70,10 +73,13 @@ class Tiers:
             self.ops,
         )
         self.storage = StorageOps(self.slot, self.ops, config.storage.op_timeout_s)
+        limits = Limits.of(config)
+        self.backup = BackupQueue(self.controller, self.storage, pool.page_size, uploads=limits.upload_page_us > 0)
+        self.writer = BackupWriter(self.backup, self.controller, self.storage, limits)
         self.prefetcher = Prefetcher(
-            self.controller, self.storage, pool.page_size, cache.prefetch_policy, config.storage.lookup_timeout_s
+            self.controller, self.storage, self.backup, pool.page_size, cache.prefetch_policy,
+            config.storage.lookup_timeout_s,
         )
-        self.backup = BackupQueue(self.controller, self.storage, pool.page_size)
         self._driver: list[Spawn | Stop | Kill] = []
         self._answers: list[Answer] = []
 
@@ -91,6 +97,7 @@ class Tiers:
             self.measures.op_ended(op, now_us)
             self.backup.offer(self.controller.finish_copy(op))
             return
+        op.reason = op.reason or outcome.reason
         if op.phase is not OpPhase.SETTLED:
             self.ops.settle(op, outcome.pages)
             if op.kind is OpKind.LOOKUP:
@@ -100,17 +107,19 @@ class Tiers:
         if outcome.closed:
             attachment = self.slot.find(op.epoch)
             self.measures.op_ended(op, now_us, attachment.backend if attachment else "")
-            self._close(op)
+            self._close(op, now_us)
             self.storage.lane_moved(op, now_us)
 
-    def _close(self, op: Op) -> None:
-        if op.kind is OpKind.WRITE:
-            self.backup.close(op)
+    def _close(self, op: Op, now_us: int) -> None:
+        if op.kind in WRITES:
+            self.writer.close(op, now_us)
         else:
             self.prefetcher.close(op)
 
     def carry_out(self, instructions: list[Instruction]) -> None:
         """Do what the attachment machine asks of the cache; keep the rest for the driver and the desk."""
+        if self.backup.follow():
+            self.writer.attached()
         for instruction in instructions:
             match instruction:
                 case Answer():
@@ -143,20 +152,33 @@ class Tiers:
         ops = self.ops.of_epoch(epoch)
         for op in ops:
             self.ops.remove(op)
-            if op.kind is not OpKind.WRITE:
+            if op.kind in WRITES:
+                self.writer.epoch_gone(op)
+            else:
                 self.prefetcher.epoch_gone(op)
         return ops
 
     def _give_back(self, op: Op) -> None:
-        if op.kind is OpKind.WRITE:
-            self.backup.epoch_gone(op)
+        if op.kind in WRITES:
+            self.writer.free(op)
         if op.host_pages and self.controller.host is not None:
             self.controller.host.free(op.host_pages)
             op.host_pages = []
 
     def flush(self) -> None:
         """Empty device and host.  What a written-off process may still read stays in quarantine."""
-        self.controller.reset(keep_host_pages=frozenset(self.backup.before_flush()))
+        self.backup.cache_ends(Loss.FLUSHED)
+        self.controller.reset(keep_host_pages=frozenset(self.writer.before_flush()))
+
+    def server_ends(self) -> None:
+        """What is not stored, or being written, when the last detach begins never will be."""
+        self.backup.ending = Loss.SHUTDOWN
+        self.backup.cache_ends(Loss.SHUTDOWN)
+
+    def stop_uploads(self) -> bool:
+        """Uploads are no blockers, but nothing can be emptied under them.  False: some are still being written, and
+        end soon."""
+        return self.writer.stop_uploads([op for op in self.ops if op.kind is OpKind.UPLOAD])
 
     # --------------------------------------------------------------------------------------- the tick's end
 
@@ -177,16 +199,17 @@ class Tiers:
         """Results of the last forward started copies or backups: only another tick hands them out."""
         controller = self.controller
         copies = controller.copies_out or controller.copies_in
-        return bool(copies or self.storage.has_unsent() or self.backup.can_start())
+        return bool(copies or self.storage.has_unsent() or self.writer.can_start())
 
     def blockers(self) -> dict[str, int]:
-        """Obligations of the cache that are not settled, by name; empty when idle."""
-        blockers = {f"{kind}-ops": count for kind, count in self.ops.counts().items()}
+        """Obligations of the cache that are not settled, by name; empty when idle.  Uploads are none: they may go on
+        for minutes, and whoever detaches meanwhile wants just that they end."""
+        blockers = {f"{kind}-ops": count for kind, count in self.ops.counts().items() if kind != "upload"}
         if len(self.backup):
             blockers["queued-backups"] = len(self.backup)
         return blockers
 
     def next_deadline_us(self) -> int | None:
         """When the clock may change something by itself."""
-        known = (self.prefetcher.next_deadline_us(), self.ops.next_deadline_us())
+        known = (self.prefetcher.next_deadline_us(), self.ops.next_deadline_us(), self.writer.next_deadline_us())
         return min((deadline for deadline in known if deadline is not None), default=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sglang_hicache import wire
-from sglang_hicache.cache.backup import MAX_WRITES
+from sglang_hicache.cache.backup_pace import MAX_WRITES
 from tests.ranks.world import PAGE, World, server_config
 
 NODES = 1000

@@ -57,7 +57,9 @@ def test_only_the_newest_progress_of_an_op_is_told(storage):
         wire.OpProgress(op_id=7, pages=2, settled=True, closed=True, corrupt=1, reason="checksum"),
         wire.OpProgress(op_id=8, pages=0, settled=False, closed=False),
     ]
-    assert list(facts(storage).ops.values()) == [wire.OpFact(7, 2, True, True), wire.OpFact(8, 0, False, False)]
+    assert list(facts(storage).ops.values()) == [
+        wire.OpFact(7, 2, True, True, "checksum"), wire.OpFact(8, 0, False, False)
+    ]
     assert storage.driver.counters.snapshot() == {"storage_corrupt_pages": 1, "storage_short_ops": 1}
 
 

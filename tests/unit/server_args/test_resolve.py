@@ -24,7 +24,7 @@ def test_flags_arrive_in_the_records(resolved, model_dir, tmp_path):
         "--hicache-storage-lookup-timeout", "3", "--hicache-storage-op-timeout", "4", "--shutdown-drain-timeout", "5",
         "--hicache-config-dir", str(tmp_path), "--log-format", "json", "--served-model-name", "mine",
         "--context-length", "100", "--dtype", "float", "--enable-deterministic-inference",
-        "--chunked-prefill-size", "64",
+        "--chunked-prefill-size", "64", "--hicache-upload-rate", "0",
     ).config  # fmt: skip
     model, cache, storage, scheduler, http = config.model, config.cache, config.storage, config.scheduler, config.http
     assert (config.tp_size, config.pool.page_size, config.pool.device_tokens) == (2, 16, 1600)
@@ -35,7 +35,7 @@ def test_flags_arrive_in_the_records(resolved, model_dir, tmp_path):
     assert (cache.eviction_policy, cache.protected_threshold, cache.reuse_prefixes) == ("slru", 4, True)
     assert (storage.backend, storage.extra_config_json, storage.config_dir) == ("file", "{}", str(tmp_path))
     assert (storage.attach_timeout_s, storage.drain_timeout_s) == (1, 2)
-    assert (storage.lookup_timeout_s, storage.op_timeout_s) == (3, 4)
+    assert (storage.lookup_timeout_s, storage.op_timeout_s, storage.upload_rate_mib) == (3, 4, 0)
     assert (scheduler.max_running_requests, scheduler.max_queued_requests, scheduler.watchdog_timeout_s) == (3, 9, 7)
     assert (scheduler.schedule_policy, scheduler.check_digests, scheduler.chunked_prefill_size) == (
         "priority",
