@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import msgspec
 import pytest
 
 from sglang_hicache.errors import UserError
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.settings import (
+    COMMON_KEYS,
     EncryptionSettings,
     Fault,
     FaultySettings,
     FileSettings,
+    MemorySettings,
     PrefetchSettings,
     StoreSettings,
     store_settings,
@@ -165,3 +170,10 @@ def test_faults_are_records() -> None:
     _, settings = registry.validate_extra_config("faulty", text)
     assert isinstance(settings, FaultySettings)
     assert settings.faults == {"read": Fault(kind="flip", first=2, count=1)}
+
+
+def test_every_key_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "extra-config.md").read_text(encoding="utf-8")
+    known = {*COMMON_KEYS, *FileSettings.__struct_fields__, *MemorySettings.__struct_fields__}
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == known
