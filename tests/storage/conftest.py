@@ -12,6 +12,7 @@ from sglang_hicache.storage import registry
 from sglang_hicache.storage.backend import StorageBackend
 from sglang_hicache.storage.faulty import Gate
 from tests.storage import pages
+from tests.storage.store_folder import write
 
 Open = Callable[..., StorageBackend]
 
@@ -52,3 +53,17 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
     made = Gate(folder)
     yield made
     made.close()
+
+
+@pytest.fixture
+def backend(open_backend: Open, root: Path) -> StorageBackend:
+    """An open file store, as a server has it."""
+    return open_backend("file", {"file_storage_path": str(root)})
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, open_backend: Open) -> Path:
+    """A store of somebody else, to which links may lead."""
+    other = tmp_path / "elsewhere"
+    write(open_backend("file", {"file_storage_path": str(other)}), 3)
+    return other
