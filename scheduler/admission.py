@@ -51,6 +51,8 @@ class Admission:
         self._slot = slot
         #: Admitted requests in order of admission.
         self.running: list[Request] = []
+        #: The line stands still: the weights are about to change.
+        self.is_held = False
 
     def choose(self, tick: int, now_us: int) -> list[Share]:
         """The shares of this tick, in row order."""
@@ -90,7 +92,7 @@ class Admission:
         for request in self._waiting:
             if not budget or len(self.running) >= self._limits.max_running_requests:
                 return
-            if not self._prefetcher.may_run(request.rid, now_us):
+            if self._holds_back(request) or not self._prefetcher.may_run(request.rid, now_us):
                 continue
             match = self._pages.take(request, self._load_back_threshold, len(self.running), tick)
             if match is None:
@@ -106,6 +108,10 @@ class Admission:
             shares.append(Share(request, min(budget, len(request.tokens) - request.computed)))
             budget -= shares[-1].tokens
 
+    def _holds_back(self, request: Request) -> bool:
+        """Not those that have begun: they end with the weights they began with.  Not probes: they leave no page."""
+        return self.is_held and not request.num_retractions and not request.is_probe
+
     def will_admit(self) -> bool:
         """Could the next tick admit somebody who is not waiting for a prefetch?  Asked to decide whether to sleep."""
-        return any(not self._prefetcher.is_waiting(request.rid) for request in self._waiting)
+        return any(not (self._holds_back(r) or self._prefetcher.is_waiting(r.rid)) for r in self._waiting)

@@ -37,6 +37,8 @@ class Commands:
         self._clearing: dict[str, int] = {}
         #: Detach commands that ended an attachment.
         self._detaching: set[str] = set()
+        #: Those of them that are the second half of a flush.
+        self._flushed: set[str] = set()
         #: Commands that wait for idleness, with the leader's clock when they stop waiting.
         self._waiting: dict[str, tuple[wire.FlushCache | wire.DetachStorage, int]] = {}
         self.answers: list[wire.CommandAnswer] = []
@@ -175,11 +177,13 @@ class Commands:
 
     # -------------------------------------------------------------------------------------------- clear
 
-    def _clear(self, command: wire.ClearStorage) -> None:
+    def _clear(self, command: wire.ClearStorage | wire.FlushCache) -> None:
         tiers = self._tiers
         epoch = tiers.slot.gate()
+        if isinstance(command, wire.FlushCache):
+            self._flushed.add(command.id)
         if epoch is None:
-            self._answer(command.id, False, "No HiCache storage is attached: there is nothing to clear.")
+            self._cleared(command.id, "No HiCache storage is attached: there is nothing to clear.")
             return
         tiers.carry_out(tiers.slot.handle(Cleared()))
         self._clearing[command.id] = epoch
@@ -193,8 +197,16 @@ class Commands:
         self._clearing.pop(outcome.command_id, None)
         # Once more: what this rank wrote after its own clear, another rank's slower clear has deleted again.
         self._tiers.carry_out(self._tiers.slot.handle(Cleared()))
-        reason = outcome.reasons[self._rank]
-        self._answer(outcome.command_id, not reason, reason or "HiCache storage cleared.")
+        self._cleared(outcome.command_id, outcome.reasons[self._rank])
+
+    def _cleared(self, command_id: str, reason: str) -> None:
+        """Answer a clear, or a flush that ends with one: of the two halves only the second can have failed."""
+        if command_id not in self._flushed:
+            self._answer(command_id, not reason, reason or "HiCache storage cleared.")
+            return
+        self._flushed.discard(command_id)
+        half = f"L1 and L2 were flushed, but the storage was not cleared: {reason}"
+        self._answer(command_id, not reason, half if reason else "Cache flushed and HiCache storage cleared.")
 
     # -------------------------------------------------------------------------------------------- flush
 
@@ -222,7 +234,10 @@ class Commands:
             del self._waiting[command_id]
             if not blockers:
                 self._tiers.flush()
-                self._answer(command_id, True, "Cache flushed.")
+                if command.keep_storage:
+                    self._answer(command_id, True, "Cache flushed.")
+                else:
+                    self._clear(command)
             elif command.timeout_s:
                 self._answer(command_id, False, f"Timed out waiting for idle. {blockers}")
             else:

@@ -18,9 +18,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from sglang_hicache import wire
-from sglang_hicache.cache.check import check_pools, check_tree, check_unlocked
+from sglang_hicache.cache.check import (
+    Held,
+    check_counts,
+    check_in_flight,
+    check_pools,
+    check_tree,
+    check_unlocked,
+)
 from sglang_hicache.cache.controller import Copy
 from sglang_hicache.cache.digest import StateDigest
+from sglang_hicache.cache.op import OpKind
 from sglang_hicache.cache.page import namespace_seed
 from sglang_hicache.cache.tiers import Tiers
 from sglang_hicache.config import ServerConfig
@@ -33,6 +41,7 @@ from sglang_hicache.scheduler.results import Results
 from sglang_hicache.scheduler.served import Served
 from sglang_hicache.scheduler.status import RankStatus
 from sglang_hicache.scheduler.waiting import WaitingQueue
+from sglang_hicache.scheduler.weights_update import Advance, WeightsInstruction, WeightsUpdate
 from sglang_hicache.storage.attachment_events import Kill, Spawn, Stop
 from sglang_hicache.workers.batch import ForwardBatch
 
@@ -41,6 +50,8 @@ from sglang_hicache.workers.batch import ForwardBatch
 class Effects:
     """What one tick asks of this rank's hands, in the order in which the loop does it."""
 
+    #: Before anything else: what is copied, computed and stored in this tick belongs to the weights after it.
+    weights: list[WeightsInstruction] = field(default_factory=list)
     copies_out: list[Copy] = field(default_factory=list)
     copies_in: list[Copy] = field(default_factory=list)
     storage: list[Spawn | Stop | Kill] = field(default_factory=list)
@@ -82,8 +93,11 @@ class SchedulerCore:
         self.admission = Admission(config, self.waiting, self._pages, self.tiers.prefetcher, self.tiers.slot)
         served = Served()
         self._results = Results(config.model, self.admission, self._pages, self.longest_tokens, served)
+        self.update = WeightsUpdate(
+            rank, config.model, self.tiers, self.waiting, self.admission, self._digest
+        )
         self.status = RankStatus(rank, self.tiers, self.waiting, self.admission, served)
-        self.commands = Commands(rank, self.tiers, self.status.requests, config.cache.hierarchical)
+        self.commands = Commands(rank, self.tiers, self._load, config.cache.hierarchical)
         self._requests: dict[str, Request] = {}
         self._shares: list[Share] = []
 
@@ -105,14 +119,20 @@ class SchedulerCore:
             self.tiers.op_outcome(op_outcome, self.tick, plan.now_us)
         for clear in plan.clears:
             self.commands.clear_ended(clear)
+        for voted in plan.weights:
+            self._weights_moved(self.update.voted(voted), plan.now_us, effects)
         for command in plan.commands:
-            self.commands.start(command, plan.now_us)
+            if isinstance(command, wire.UpdateWeights):
+                self.update.begin(command, plan.now_us)
+            else:
+                self.commands.start(command, plan.now_us)
             effects.stop |= isinstance(command, wire.Shutdown)
         for request in plan.requests:
             self._receive(request, plan.now_us, effects)
         for rid in plan.aborts:  # after the requests: one that came and went within a tick has both in this plan
             self._abort(rid, effects)
         self.commands.look_again(plan.now_us)
+        self._weights_moved(self.update.advance(plan.now_us), plan.now_us, effects)
         self._shares = self.admission.choose(self.tick, plan.now_us)
         self.tiers.writer.pump(plan.now_us)
         self._collect(effects)
@@ -124,7 +144,9 @@ class SchedulerCore:
         effects.copies_out, effects.copies_in = tiers.copies_out, tiers.copies_in
         for answer in tiers.answers:
             self.commands.slot_answered(answer)
-        effects.answers, self.commands.answers = self.commands.answers, []
+        update = self.update.take_effects()
+        effects.weights = update.instructions
+        effects.answers, self.commands.answers = self.commands.answers + update.answers, []
         effects.batch = batches.build(self._shares) if self._shares else None
 
     def apply_results(self, token_ids: list[int]) -> list[wire.RequestOutput]:
@@ -154,11 +176,28 @@ class SchedulerCore:
         self._requests[request.rid] = request
         self.waiting.add(request)
         self._digest.mix(42, request.prompt_tokens, request.priority)
+        if not self.update.is_holding:
+            self._prefetch(request, now_us)
+
+    def _prefetch(self, request: Request, now_us: int) -> None:
+        """Ask the store for what device and host lack of a waiting request's prompt."""
         key = self._pages.key(request)
         if key:
             self.tiers.prefetcher.start(
                 request.rid, request.seed, key, self._pages.match(request), request.tokens, now_us
             )
+
+    def _weights_moved(self, advance: Advance, now_us: int, effects: Effects) -> None:
+        """An update of the weights has taken a step: stop what was fetched for the line, or fetch it anew."""
+        if advance is Advance.HELD and self.update.aborts_requests:
+            for rid in list(self._requests):
+                self._abort(rid, effects, "aborted: the weights of the model change")
+        elif advance is Advance.HELD:
+            for request in self.waiting:
+                self.tiers.prefetcher.forget(request.rid)
+        elif advance is Advance.RELEASED:
+            for request in self.waiting:
+                self._prefetch(request, now_us)
 
     def _refusal(self, request: Request) -> wire.FinishReason | None:
         """Why a request can never run, or not now; None if it may wait in line."""
@@ -175,7 +214,7 @@ class SchedulerCore:
             status_code = 503
         return wire.FinishReason(type="abort", message=why, status_code=status_code) if why else None
 
-    def _abort(self, rid: str, effects: Effects) -> None:
+    def _abort(self, rid: str, effects: Effects, message: str = "aborted") -> None:
         """Free everything of a request at whatever stage it is; an unknown rid has ended meanwhile."""
         request = self._requests.pop(rid, None)
         if request is None:
@@ -187,9 +226,18 @@ class SchedulerCore:
         else:
             self._results.end(request, self.tick)
         self._digest.mix(43, request.prompt_tokens, request.output_len)
-        effects.outputs.append(request.output((), wire.FinishReason(type="abort", message="aborted")))
+        effects.outputs.append(request.output((), wire.FinishReason(type="abort", message=message)))
+
+    def _load(self) -> dict[str, int]:
+        """What keeps this rank from being idle, beside its tiers."""
+        return self.status.requests() | self.update.blockers()
 
     # ------------------------------------------------------------------------------------- asked by the loop
+
+    def unanswered(self) -> set[str]:
+        """Ids of the commands that have begun and wait for something but the storage slot."""
+        staging = self.update.staging()
+        return self.commands.unanswered() | ({staging} if staging else set())
 
     def has_work(self) -> bool:
         """The next tick would compute something without any news."""
@@ -197,13 +245,14 @@ class SchedulerCore:
 
     def next_deadline_us(self) -> int | None:
         """When the leader's clock changes something by itself."""
-        known = (self.tiers.next_deadline_us(), self.commands.next_deadline_us())
+        known = (self.tiers.next_deadline_us(), self.commands.next_deadline_us(), self.update.next_deadline_us())
         return min((deadline for deadline in known if deadline is not None), default=None)
 
     def check(self) -> None:
         """Every page has exactly one owner: free list, tree, request, op or quarantine.  Raises IntegrityError."""
         tiers, controller = self.tiers, self.tiers.controller
         check_tree(controller.tree)
+        tiers.backup.check()
         check_pools(
             controller.tree, controller.device, controller.host,
             {r.rid: r.pages[r.locked_pages :] for r in self.admission.running},
@@ -211,3 +260,16 @@ class SchedulerCore:
         )
         if not self._requests and not len(tiers.ops) and not tiers.quarantine.pages:
             check_unlocked(controller.tree)
+
+    def check_counts(self) -> None:
+        """`check` as far as counters can tell, and that the slot knows of every op: for after every tick."""
+        tiers, running = self.tiers, self.admission.running
+        check_in_flight(tiers.ops, tiers.slot)
+        ops = [*tiers.ops, *tiers.quarantine]
+        locking = [op.kind is OpKind.WRITE_THROUGH for op in ops if op.node is not None]
+        check_counts(tiers.controller.tree, tiers.controller.device, tiers.controller.host, Held(
+            device_pages=sum(len(r.pages) - r.locked_pages for r in running),
+            host_pages=sum(len(op.host_pages) for op in ops),
+            device_locks=sum(r.node is not None for r in running) + locking.count(True),
+            host_locks=locking.count(False),
+        ))

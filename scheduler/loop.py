@@ -3,7 +3,7 @@
     collect     messages of the tokenizer, of the storage processes, of other ranks; finished copies
     plan        written (leader) or received (follower)
     apply       the core says what this rank's hands must do
-    hands       copies out, copies in, storage instructions, storage messages, answers
+    hands       new weights, copies out, copies in, storage instructions, storage messages, answers
     forward     if there is a batch; its ids go back into the core
     report      what this rank has seen, and that it has applied the plan
 
@@ -24,11 +24,15 @@ from sglang_hicache.scheduler.core import Effects, SchedulerCore
 from sglang_hicache.scheduler.mailbox import Mailbox
 from sglang_hicache.scheduler.status import merged
 from sglang_hicache.scheduler.storage_driver import StorageDriver
+from sglang_hicache.scheduler.weights_driver import WeightsDriver
 from sglang_hicache.sockets import Poller, Pull, Push
 from sglang_hicache.workers.batch import Worker
 
 #: On a device, copies finish without a descriptor that could wake the poller: look this often while some are under way.
 COPY_POLL_US = 1_000
+
+#: A rank whose new weights are being read looks this often whether they are there: it takes seconds, or minutes.
+STAGING_POLL_US = 20_000
 
 
 def now_us() -> int:
@@ -45,6 +49,7 @@ class TickLoop:
         core: SchedulerCore,
         worker: Worker,
         driver: StorageDriver,
+        weights: WeightsDriver,
         mailbox: Mailbox,
         inbox: Pull,
         to_tokenizer: Push,
@@ -55,6 +60,7 @@ class TickLoop:
         self._core = core
         self._worker = worker
         self._driver = driver
+        self._weights = weights
         self._mailbox = mailbox
         self._inbox = inbox
         self._to_tokenizer = to_tokenizer
@@ -88,9 +94,10 @@ class TickLoop:
         finished = self._worker.finished_copies()
         self._copies_under_way -= len(finished)
         self._driver.copies_finished(finished)
+        self._weights.poll()
 
     def _status(self, query_id: str) -> wire.StatusAnswer:
-        status, driver = self._core.status.answer(query_id), self._driver
+        status, driver, update = self._core.status.answer(query_id), self._driver, self._core.update
         return msgspec.structs.replace(
             status,
             backend_info=driver.info(status.epoch),
@@ -98,6 +105,9 @@ class TickLoop:
             counters=status.counters | driver.counters.snapshot(),
             totals=merged(status.totals, driver.totals()),
             last_error=status.last_error or driver.failure(status.epoch),
+            model_path=update.model_path,
+            weight_version=update.weight_version,
+            weights_digest=update.weights_digest,
         )
 
     # ------------------------------------------------------------------------------------------------ tick
@@ -116,6 +126,8 @@ class TickLoop:
         return effects.stop
 
     def _carry_out(self, effects: Effects) -> None:
+        for weights in effects.weights:
+            self._weights.carry_out_blocking(weights)
         for copy in effects.copies_out:
             self._worker.copy_out(copy.op_id, copy.device_pages, copy.host_pages)
         for copy in effects.copies_in:
@@ -131,7 +143,7 @@ class TickLoop:
     def _send_outputs(self, outputs: list[wire.RequestOutput]) -> None:
         """All ranks have the same; the leader speaks for them."""
         if outputs and self._rank == 0:
-            self._send(wire.OutputBatch(outputs=outputs))
+            self._send(wire.OutputBatch(outputs=outputs, weight_version=self._core.update.weight_version))
 
     def _send(self, message: wire.FromRank) -> None:
         if not self._to_tokenizer.send(message):
@@ -151,6 +163,8 @@ class TickLoop:
         now = now_us()
         if self._copies_under_way:
             known.append(now + COPY_POLL_US)
+        if self._weights.is_staging:
+            known.append(now + STAGING_POLL_US)
         wake_at = min((at for at in known if at is not None), default=None)
         # Rounded up: waking a moment before the deadline would only spin until it comes.
         self._poller.wait(None if wake_at is None else max(0, -(-(wake_at - now) // 1_000)))

@@ -82,7 +82,7 @@ class LeaderMailbox:
         for report in self._reports.receive_all():
             self._acknowledged[report.rank] = report.applied
             self._leader.add_report(report)
-        self._leader.add_own_facts(list(facts.ops.values()), facts.storage, facts.clears)
+        self._leader.add_own_facts(list(facts.ops.values()), facts.storage, facts.clears, facts.weights)
         if self._plans_ahead() >= MOST_PLANS_AHEAD:
             return None
         plan = self._leader.next_plan(now_us, self._core)
@@ -168,6 +168,7 @@ class FollowerMailbox:
             ops=list(facts.ops.values()),
             storage=facts.storage,
             clears=facts.clears,
+            weights=facts.weights,
         )
         if not self._reports.send(report):
             raise IntegrityError("the leader is dead: it does not take reports")

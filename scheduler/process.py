@@ -10,10 +10,8 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable
 
 from sglang_hicache import wire
-from sglang_hicache.cache.page import namespace
 from sglang_hicache.cache.pools import HostPool
 from sglang_hicache.child import Child
 from sglang_hicache.collector import settle_collector
@@ -23,10 +21,10 @@ from sglang_hicache.scheduler.loop import TickLoop
 from sglang_hicache.scheduler.mailbox import FollowerMailbox, LeaderMailbox
 from sglang_hicache.scheduler.stop_text import StopWatch
 from sglang_hicache.scheduler.storage_driver import StorageDriver
+from sglang_hicache.scheduler.storage_launcher import StorageLauncher
+from sglang_hicache.scheduler.weights_driver import WeightsDriver
 from sglang_hicache.sockets import Poller, Pull, Push, ipc_address
-from sglang_hicache.storage.attachment_events import Spawn
 from sglang_hicache.workers.batch import KVLayout, Worker
-from sglang_hicache.workers.storage_client import StorageClient
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +87,8 @@ def wire_up(child: Child, worker: Worker, host: HostPool | None, stack: contextl
     stop_texts = StopWatch.maker(config.model.tokenizer_path)
     core = SchedulerCore(config, rank, stop_texts, worker.layout.page_bytes)
     poller = Poller()
-    driver = StorageDriver(storage_launcher(config, rank, worker.layout, host), poller)
+    launcher = StorageLauncher(config, rank, worker.layout, host)
+    driver = StorageDriver(launcher, poller)
     stack.callback(driver.close)
     if rank == 0:
         mailbox: LeaderMailbox | FollowerMailbox = LeaderMailbox(config, core, poller)
@@ -100,40 +99,5 @@ def wire_up(child: Child, worker: Worker, host: HostPool | None, stack: contextl
     stack.callback(inbox.close)
     to_tokenizer = Push(ipc_address(run_dir, "from_ranks"), wire.FromRank, bind=False)
     stack.callback(to_tokenizer.close)
-    return TickLoop(rank, core, worker, driver, mailbox, inbox, to_tokenizer, poller, child.heartbeat)
-
-
-def storage_launcher(
-    config: ServerConfig, rank: int, layout: KVLayout, host: HostPool | None
-) -> Callable[[Spawn], StorageClient]:
-    """A function that starts this rank's storage process of one epoch."""
-    pages_are = namespace(
-        weights_digest=config.model.weights_digest,
-        architecture=layout.architecture,
-        layers=layout.layers,
-        kv_heads_total=layout.kv_heads_total,
-        head_dim=layout.head_dim,
-        kv_dtype=layout.dtype,
-        page_size=layout.page_size,
-        numerics_class=layout.numerics_class,
-    )
-
-    def launch(spawn: Spawn) -> StorageClient:
-        assert host is not None, "the core refuses an attach without hierarchical cache"
-        opened = wire.OpenBackend(
-            rank=rank,
-            epoch=spawn.epoch,
-            backend=spawn.backend,
-            extra_config_json=spawn.extra_config_json,
-            namespace=pages_are,
-            head_start=layout.head_start,
-            head_end=layout.head_end,
-            writes=layout.writes,
-            page_bytes=layout.page_bytes,
-            host_pages=host.pages,
-            log_format=config.log.format,
-            log_level=config.log.level,
-        )
-        return StorageClient(opened, host.fd, config.run_dir)
-
-    return launch
+    weights = WeightsDriver(worker, driver, launcher)
+    return TickLoop(rank, core, worker, driver, weights, mailbox, inbox, to_tokenizer, poller, child.heartbeat)

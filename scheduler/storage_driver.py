@@ -56,9 +56,10 @@ class Facts:
     ops: dict[int, wire.OpFact] = field(default_factory=dict)
     storage: list[wire.StorageFact] = field(default_factory=list)
     clears: list[wire.ClearFact] = field(default_factory=list)
+    weights: list[wire.WeightsFact] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.ops or self.storage or self.clears)
+        return bool(self.ops or self.storage or self.clears or self.weights)
 
 
 @dataclass(slots=True)
@@ -79,8 +80,9 @@ class _Process:
     told: str = ""
     #: Clock at which patience with a killed process ends; None: not killed, or already told.
     reap_by_us: int | None = None
-    #: Revokes that did not fit into the socket: without them a drain would wait for ops that nobody wants.
-    unsent: list[wire.RevokeOp] = field(default_factory=list)
+    #: What did not fit into the socket and must not be lost: without its revokes a drain would wait for ops that
+    #: nobody wants, and without its namespace the process would mistake the pages.  Nothing overtakes it.
+    unsent: list[wire.RevokeOp | wire.UseNamespace] = field(default_factory=list)
 
     def counted(self) -> dict[str, int]:
         """Its stats without those that may fall."""
@@ -136,7 +138,7 @@ class StorageDriver:
     def send(self, epoch: int, message: wire.ToStorage) -> None:
         """Hand a message to the process of an epoch."""
         process = self._processes.get(epoch)
-        if process is not None and process.client.send(message):
+        if process is not None and not process.unsent and process.client.send(message):
             return
         reason = GONE if process is None else QUEUE_FULL
         match message:
@@ -147,8 +149,13 @@ class StorageDriver:
                 self.counters.add(f"storage_refused_{reason}")
                 log.debug("not handed to storage: %s", reason, extra={"op": message.op_id, "epoch": epoch})
                 self._facts.ops[message.op_id] = wire.OpFact(message.op_id, 0, True, True, reason)
-            case wire.RevokeOp() if process is not None:
+            case wire.RevokeOp() | wire.UseNamespace() if process is not None:
                 process.unsent.append(message)
+
+    def use_namespace(self, namespace: str) -> None:
+        """Whatever is handed over from now on is about pages of this namespace."""
+        for epoch in self._processes:
+            self.send(epoch, wire.UseNamespace(namespace=namespace))
 
     # ------------------------------------------------------------------------------------ from the processes
 
@@ -232,6 +239,10 @@ class StorageDriver:
         self._facts.storage.append(wire.StorageFact(kind, epoch, detail))
 
     # ------------------------------------------------------------------------------------------- for the loop
+
+    def weights_read(self, command_id: str, reason: str) -> None:
+        """This rank's vote on new weights: "" or why it cannot take them."""
+        self._facts.weights.append(wire.WeightsFact(command_id, reason))
 
     def copies_finished(self, op_ids: list[int]) -> None:
         """Copies between device and host ask nobody else: what is finished is settled and closed."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import msgspec
 
@@ -34,6 +34,7 @@ class Ledger:
         self._ops: dict[int, dict[int, wire.OpFact]] = {}
         self._storage: dict[tuple[str, int], dict[int, str]] = {}
         self._clears: dict[str, dict[int, str]] = {}
+        self._weights: dict[str, dict[int, str]] = {}
 
     def add(
         self, rank: int, ops: list[wire.OpFact], storage: list[wire.StorageFact], clears: list[wire.ClearFact]
@@ -44,6 +45,11 @@ class Ledger:
             self._storage.setdefault((said.kind, said.epoch), {})[rank] = said.detail
         for cleared in clears:
             self._clears.setdefault(cleared.command_id, {})[rank] = cleared.reason
+
+    def add_weights(self, rank: int, facts: Sequence[wire.WeightsFact]) -> None:
+        """A rank has read the weights of a command, or could not."""
+        for fact in facts:
+            self._weights.setdefault(fact.command_id, {})[rank] = fact.reason
 
     def said(self, kind: str, epoch: int) -> dict[int, str]:
         """Who reported this of an epoch, with the details."""
@@ -98,6 +104,21 @@ class Ledger:
         self._clears = {k: v for k, v in self._clears.items() if k in clearing}
         return outcomes
 
+    def weights_outcomes(self, core: SchedulerCore, overdue: set[str]) -> list[wire.WeightsOutcome]:
+        """The vote on new weights, once it is unanimous, or cannot be any more."""
+        command_id = core.update.staging()
+        said = self._weights.get(command_id, {}) if command_id else {}
+        self._weights = {k: v for k, v in self._weights.items() if k == command_id}
+        refusals = "; ".join(f"rank {rank}: {reason}" for rank, reason in sorted(said.items()) if reason)
+        if command_id is None:
+            return []
+        if refusals or len(said) == self._ranks:
+            return [wire.WeightsOutcome(command_id, refusals)]
+        if command_id in overdue:
+            late = ", ".join(str(rank) for rank in range(self._ranks) if rank not in said)
+            return [wire.WeightsOutcome(command_id, f"not read in time on rank {late}")]
+        return []
+
     def forget(self, slot: StorageSlot) -> None:
         """Drop what was said of epochs that are gone."""
         alive = {a.epoch for a in slot.places()} | set(slot.quarantined)
@@ -142,15 +163,21 @@ class Leader:
             self._deadlines[command.id] = now_us + int(command.deadline_s * 1e6)
 
     def add_own_facts(
-        self, ops: list[wire.OpFact], storage: list[wire.StorageFact], clears: list[wire.ClearFact]
+        self,
+        ops: list[wire.OpFact],
+        storage: list[wire.StorageFact],
+        clears: list[wire.ClearFact],
+        weights: Sequence[wire.WeightsFact] = (),
     ) -> None:
         self._ledger.add(0, ops, storage, clears)
-        self._has_news |= bool(ops or storage or clears)
+        self._ledger.add_weights(0, weights)
+        self._has_news |= bool(ops or storage or clears or weights)
 
     def add_report(self, report: wire.RankReport) -> None:
         """A follower's facts and acknowledgement.  A digest that differs means that ranks disagree: a defect."""
         self._ledger.add(report.rank, report.ops, report.storage, report.clears)
-        self._has_news |= bool(report.ops or report.storage or report.clears)
+        self._ledger.add_weights(report.rank, report.weights)
+        self._has_news |= bool(report.ops or report.storage or report.clears or report.weights)
         self._applied[report.rank] = max(self._applied[report.rank], report.applied)
         own = self._digests.get(report.applied)
         if report.digest and own is not None and own != report.digest:
@@ -181,11 +208,12 @@ class Leader:
         # not stay FAILED until somebody else brings news.
         self._has_news = bool(storage)
         ending = {o.epoch for o in storage if o.event in ("reaped", "reap_timeout", "quiet")}
-        overdue = {i for i in core.commands.clearing() if now_us >= self._deadlines.get(i, now_us + 1)}
+        overdue = {i for i, at in self._deadlines.items() if now_us >= at}
         self._number += 1
         plan = wire.TickPlan(
             number=self._number, now_us=now_us, storage=storage, ops=self._ledger.op_outcomes(core, ending),
-            clears=self._ledger.clear_outcomes(core, overdue), commands=self._commands, aborts=self._aborts,
+            clears=self._ledger.clear_outcomes(core, overdue),
+            weights=self._ledger.weights_outcomes(core, overdue), commands=self._commands, aborts=self._aborts,
             requests=self._requests,
         )
         self._commands, self._aborts, self._requests = [], [], []
@@ -269,7 +297,7 @@ class Leader:
         slot = core.tiers.slot
         busy = {a.epoch for a in slot.places() if a.state in (State.DRAINING, State.DETACHING)}
         self._drains = {epoch: at for epoch, at in self._drains.items() if epoch in busy}
-        alive = {a.command_id for a in slot.places()} | set(slot.waiters) | core.commands.unanswered()
+        alive = {a.command_id for a in slot.places()} | set(slot.waiters) | core.unanswered()
         pending = {command.id for command in self._commands}
         self._deadlines = {i: at for i, at in self._deadlines.items() if i in alive or i in pending}
         known = [core.next_deadline_us(), *self._drains.values(), *self._deadlines.values()]

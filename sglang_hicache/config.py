@@ -111,6 +111,8 @@ class SchedulerConfig(_Record, kw_only=True):
     schedule_policy: str = "fcfs"
     #: Seconds without a tick while work is pending before the server is stopped.
     watchdog_timeout_s: float = 300.0
+    #: Seconds in which new weights must have been read on all ranks, and the server come to rest to take them.
+    weights_update_timeout_s: float = 600.0
     #: Ranks exchange state digests after every tick and the server stops at the first difference.
     check_digests: bool = False
 
@@ -134,6 +136,8 @@ class HttpConfig(_Record, kw_only=True):
     max_body_bytes: int = 32 * 1024 * 1024
     #: cached_tokens appear in the usage of the OpenAI routes.
     cache_report: bool = False
+    #: /metrics answers; without it the route says that metrics are off.
+    enable_metrics: bool = False
     #: Seconds that requests in flight get to finish after SIGTERM.
     drain_timeout_s: float = 30.0
 

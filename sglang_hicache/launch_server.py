@@ -28,7 +28,7 @@ from sglang_hicache.pool_sizes import Memory
 from sglang_hicache.resolve import resolve
 from sglang_hicache.server_args import ADMIN_API_KEY_ENV, API_KEY_ENV, parse
 from sglang_hicache.supervisor import Supervisor
-from sglang_hicache.weights_digest import weights_digest
+from sglang_hicache.weights_digest import default_cache_file, weights_digest
 
 log = logging.getLogger(__name__)
 
@@ -138,8 +138,7 @@ def _memory(args: argparse.Namespace) -> Memory:
 
 
 def _digest_blocking(directory: str) -> str:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sglang-hicache", "weights_digests.json")
-    return weights_digest(directory, str(cache))
+    return weights_digest(directory, default_cache_file())
 
 
 def _check_port(http: HttpConfig) -> None:

@@ -158,6 +158,7 @@ def _scheduler(args: argparse.Namespace, context_length: int, rewrites: list[str
         max_queued_requests=args.max_queued_requests,
         schedule_policy=args.schedule_policy,
         watchdog_timeout_s=args.watchdog_timeout,
+        weights_update_timeout_s=args.weights_update_timeout,
         check_digests=args.check_rank_digests,
     )
 
@@ -236,6 +237,7 @@ def _http(args: argparse.Namespace, environment: Mapping[str, str], rewrites: li
         ssl_keyfile=args.ssl_keyfile,
         max_body_bytes=args.max_body_bytes,
         cache_report=args.enable_cache_report,
+        enable_metrics=args.enable_metrics,
         drain_timeout_s=args.shutdown_drain_timeout,
     )
 

@@ -92,6 +92,8 @@ def _scheduler(parser: argparse.ArgumentParser) -> None:
         help="order of the waiting requests (default: fcfs)")  # fmt: skip
     add("--watchdog-timeout", type=_seconds, default=300.0, metavar="SECONDS",
         help="work without any progress for this long: log all stacks and exit (default: 300)")  # fmt: skip
+    add("--weights-update-timeout", type=_seconds, default=600.0, metavar="SECONDS",
+        help="to read new weights on every rank and let running requests finish (default: 600)")  # fmt: skip
     add("--check-rank-digests", action="store_true",
         help="debug: ranks compare their state after every tick; the first difference stops the server")  # fmt: skip
 
@@ -166,6 +168,8 @@ def _http(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}-key-file", metavar="FILE", help=f"file that holds the key of the {use} routes")
     add("--ssl-certfile", default="", metavar="PEM", help="certificate chain; with --ssl-keyfile: HTTPS")
     add("--ssl-keyfile", default="", metavar="PEM", help="private key of the certificate")
+    add("--enable-metrics", action="store_true",
+        help="GET /metrics, for Prometheus: it needs no key and shows no secret")  # fmt: skip
     add("--max-body-bytes", type=_whole(1), default=32 * 1024 * 1024, metavar="N",
         help="a larger request body is refused with 413 (default: 33554432, 32 MiB)")  # fmt: skip
     add("--shutdown-drain-timeout", type=_seconds, default=30.0, metavar="SECONDS",

@@ -3,8 +3,8 @@
 The digest is the part of a page's name that no other fact may replace: two checkpoints under the same name, or
 one path whose files changed, must never read each other's pages.  It is made of contents only.  Reading
 gigabytes at every start would be slow, so each file's own digest is kept in a private cache under the file's
-inode, size and time of change: a hint where to look, never a part of the digest.  Called once per start by the
-launcher; no torch.
+inode, size and time of change: a hint where to look, never a part of the digest.  Called by the launcher once per
+start, and for every update of the weights by the tokenizer process and the ranks, on a thread; no torch.
 """
 
 from __future__ import annotations
@@ -38,6 +38,12 @@ class _CachedDigest(msgspec.Struct, frozen=True):
     size_bytes: int
     mtime_ns: int
     digest: str
+
+
+def default_cache_file() -> str:
+    """Where the digests of this user's weight files are kept."""
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return str(Path(folder, "sglang-hicache", "weights_digests.json"))
 
 
 def weight_files(path: str) -> list[Path]:

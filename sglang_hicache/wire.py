@@ -180,12 +180,16 @@ ToRank = NewRequest | AbortRequest | QueryStatus | Command
 # -------------------------------------------------------------------------- ranks -> tokenizer (FromRank)
 
 
+#: What answers call the weights that the server started with.
+FIRST_WEIGHT_VERSION = "default"
+
+
 class OutputBatch(Message):
     """Tokens and ends of one tick.  From the leader only."""
 
     outputs: list[RequestOutput]
     #: What the weights are called that computed them.
-    weight_version: str = "default"
+    weight_version: str = FIRST_WEIGHT_VERSION
 
 
 class CommandAnswer(Message):

@@ -104,19 +104,23 @@ class AdminRoutes:
         return _told(outcome, "", failed)
 
     async def flush_cache(self, request: Request) -> Response:
-        """GET or POST /flush_cache?timeout=<seconds to wait for idle>.  Empties L1 and L2, never L3."""
+        """GET or POST /flush_cache?timeout=<seconds to wait for idle>&keep_storage=<true or false>."""
         try:
             self._services.lifecycle.check()
             timeout_s = _flush_timeout(request.query_params.get("timeout", "0"))
+            keep_storage = _flag("keep_storage", request.query_params.get("keep_storage", "true"))
         except UserError as error:
             return text_reply(str(error), 400)
         except Unavailable as error:
             return text_reply(str(error), 503)
-        deadline_s = timeout_s + FLUSH_DEADLINE_S
+        clear_s = 0.0 if keep_storage else self._services.config.storage.drain_timeout_s
+        deadline_s = timeout_s + FLUSH_DEADLINE_S + clear_s
         outcome = await self._services.desk.command(
-            lambda id: FlushCache(id=id, deadline_s=deadline_s, timeout_s=timeout_s), deadline_s
+            lambda id: FlushCache(id=id, deadline_s=deadline_s, timeout_s=timeout_s, keep_storage=keep_storage),
+            deadline_s,
         )
-        return _told(outcome, "Cache flushed.", "Failed to flush the cache.")
+        failure = "Failed to flush the cache." if keep_storage else "Failed to flush the cache and clear the storage."
+        return _told(outcome, "Cache flushed.", failure)
 
     async def l3_layout(self, request: Request) -> Response:
         """GET /get_hicache_l3_cache_layout: only a backend that outsiders may read directly has a layout to tell."""
@@ -237,12 +241,22 @@ def _rank(rank: int, answer: StatusAnswer | None) -> dict[str, Any]:
         "counters": answer.counters,
         "backend_stats": answer.backend_stats,
         "load": answer.load,
+        "model_path": answer.model_path,
+        "weight_version": answer.weight_version,
+        "weights_digest": answer.weights_digest,
     }
 
 
 def _check_choice(name: str, value: str | None, allowed: tuple[str, ...]) -> None:
     if value is not None and value not in allowed:
         raise UserError(f"Invalid {name} {value!r}; it must be one of: {', '.join(allowed)}")
+
+
+def _flag(name: str, text: str) -> bool:
+    """A query parameter that is on or off."""
+    if text not in ("true", "false"):
+        raise UserError(f"{name} is {text!r}; it must be true or false")
+    return text == "true"
 
 
 def _flush_timeout(text: str) -> float:

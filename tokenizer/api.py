@@ -149,6 +149,40 @@ class AttachBody(RequestBody, frozen=True, kw_only=True):
     hicache_write_policy: str | None = None
 
 
+class UpdateWeightsBody(RequestBody, frozen=True, kw_only=True):
+    """POST /update_weights_from_disk."""
+
+    #: A directory that all ranks see, or a hub id.
+    model_path: str
+    #: End all requests once the new weights have been read; else those that run finish first.
+    abort_all_requests: bool = False
+    #: What answers call the new weights from then on (`meta_info.weight_version`).
+    weight_version: str | None = None
+    #: false is refused: pages of the old weights would be served as if the new ones had computed them.
+    flush_cache: bool = True
+
+    # Hints that change no answer: accepted and not used.
+    torch_empty_cache: bool = False
+    token_step: int = 0
+
+    # Not supported: see UNSUPPORTED_UPDATE.
+    load_format: str | None = None
+    is_async: bool = False
+    keep_pause: bool = False
+    recapture_cuda_graph: bool = False
+    manifest: Any = None
+
+
+#: Fields of /update_weights_from_disk without an implementation, and the values that ask for nothing.
+UNSUPPORTED_UPDATE: dict[str, tuple[Any, ...]] = {
+    "load_format": (None, "safetensors", "auto"),
+    "is_async": (False,),
+    "keep_pause": (False,),
+    "recapture_cuda_graph": (False,),
+    "manifest": (None,),
+}
+
+
 def decode_body(data: bytes, kind: type[Body]) -> Body:
     """The body as `kind`; `MalformedBody` says which field is wrong, and for sampling parameters what is allowed."""
     try:

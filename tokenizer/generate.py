@@ -40,9 +40,6 @@ from sglang_hicache.tokenizer.replies import (
 from sglang_hicache.tokenizer.services import Services
 from sglang_hicache.wire import FinishReason
 
-#: Weights are never replaced while the server runs (yet), so every answer comes from the version it started with.
-WEIGHT_VERSION = "default"
-
 #: Output tokens when the client does not say.
 DEFAULT_MAX_NEW_TOKENS = 128
 
@@ -173,7 +170,7 @@ def _answer_of(stream: RequestStream) -> dict[str, Any]:
             "completion_tokens": len(stream.token_ids),
             "cached_tokens": cached_tokens(stream.cached),
             "cached_tokens_details": cached_tokens_details(stream.cached),
-            "weight_version": WEIGHT_VERSION,
+            "weight_version": stream.weight_version,
             "num_retractions": stream.num_retractions,
             "e2e_latency": stream.e2e_latency_s,
         },

@@ -19,17 +19,19 @@ from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from sglang_hicache.tokenizer.admin import AdminRoutes
-from sglang_hicache.tokenizer.api import AbortBody, AttachBody, GenerateBody
+from sglang_hicache.tokenizer.api import AbortBody, AttachBody, GenerateBody, UpdateWeightsBody
 from sglang_hicache.tokenizer.api_openai import ChatBody, CompletionBody
 from sglang_hicache.tokenizer.auth import AuthLevel, AuthMiddleware
 from sglang_hicache.tokenizer.generate import NativeRoutes
 from sglang_hicache.tokenizer.http_limits import BodyLimit
 from sglang_hicache.tokenizer.info import InfoRoutes
+from sglang_hicache.tokenizer.metrics import MetricsRoutes, metrics_off
 from sglang_hicache.tokenizer.openai import OpenAIRoutes
 from sglang_hicache.tokenizer.openapi import openapi_document
 from sglang_hicache.tokenizer.replies import JsonReply, text_reply
 from sglang_hicache.tokenizer.routes import RouteSpec
 from sglang_hicache.tokenizer.services import Services
+from sglang_hicache.tokenizer.weights import WeightsRoutes
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +80,11 @@ def route_table(services: Services) -> list[RouteSpec]:
     """Every route of the server but /openapi.json, which is made from it."""
     native, openai, health = NativeRoutes(services), OpenAIRoutes(services), HealthRoutes(services)
     admin = AdminRoutes(services)
-    info = InfoRoutes(services, admin)
+    info, weights = InfoRoutes(services, admin), WeightsRoutes(services)
     optional = AuthLevel.ADMIN_OPTIONAL
     seconds = {"type": "number", "minimum": 0, "default": 0}
-    return [
+    metrics = [RouteSpec(("/metrics",), (GET,), MetricsRoutes(services).metrics, "Metrics, for Prometheus")]
+    return (metrics if services.config.http.enable_metrics else []) + [
         RouteSpec(("/generate",), (POST, PUT), native.generate, "Generate from a prompt", body=GenerateBody),
         RouteSpec(("/abort_request",), (POST,), native.abort_request, "End requests", optional, AbortBody),
         RouteSpec(("/v1/completions",), (POST,), openai.completions, "OpenAI completions", body=CompletionBody),
@@ -94,8 +97,13 @@ def route_table(services: Services) -> list[RouteSpec]:
         RouteSpec(("/server_info", "/get_server_info"), (GET,), info.server_info, "Configuration and live state"),
         RouteSpec(("/model_info", "/get_model_info"), (GET,), info.model_info, "Facts about the model"),
         RouteSpec(
-            ("/flush_cache",), (GET, POST), admin.flush_cache, "Empty L1 and L2", optional, query={"timeout": seconds}
-        ),
+            ("/flush_cache",), (GET, POST), admin.flush_cache, "Empty L1 and L2, and L3 if asked", optional,
+            query={"timeout": seconds, "keep_storage": {"type": "boolean", "default": True}},
+        ),  # fmt: skip
+        RouteSpec(
+            ("/update_weights_from_disk",), (POST,), weights.update_from_disk, "Serve other weights", optional,
+            UpdateWeightsBody,
+        ),  # fmt: skip
         RouteSpec(("/hicache/storage-backend",), (PUT,), admin.attach, "Attach a storage", optional, AttachBody),
         RouteSpec(("/hicache/storage-backend",), (GET,), admin.status, "What is attached, by rank", optional),
         RouteSpec(("/hicache/storage-backend",), (DELETE,), admin.detach, "Detach the storage", optional),
@@ -119,6 +127,8 @@ def build_app(services: Services) -> Starlette:
         return JsonReply(document)
 
     specs.append(RouteSpec(("/openapi.json",), (GET,), openapi, "This document"))
+    if not services.config.http.enable_metrics:
+        specs.append(RouteSpec(("/metrics",), (GET,), metrics_off, "How to switch metrics on"))
     routes = [(Route(path, spec.endpoint, methods=spec.methods), spec.level) for spec in specs for path in spec.paths]
 
     def level_of(scope: Scope) -> AuthLevel:

@@ -19,9 +19,9 @@ from sglang_hicache import __version__
 from sglang_hicache.config import ServerConfig
 from sglang_hicache.observe import redacted
 from sglang_hicache.tokenizer.admin import AdminRoutes
-from sglang_hicache.tokenizer.generate import WEIGHT_VERSION
 from sglang_hicache.tokenizer.replies import JsonReply
 from sglang_hicache.tokenizer.services import Services
+from sglang_hicache.wire import FIRST_WEIGHT_VERSION
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ class InfoRoutes:
         self._services = services
         self._admin = admin
         self._started_s = time.time()
+        #: Path and version of the weights as the ranks last told, for when they are too busy to answer.
+        self._weights = services.config.model.path, FIRST_WEIGHT_VERSION
 
     async def server_info(self, request: Request) -> Response:
         """GET /server_info, and /get_server_info for older clients."""
@@ -55,15 +57,19 @@ class InfoRoutes:
     async def model_info(self, request: Request) -> Response:
         """GET /model_info, and /get_model_info for older clients."""
         model = self._services.config.model
+        said = next((answer for answer in await self._services.desk.status() if answer and answer.model_path), None)
+        if said is not None:
+            self._weights = said.model_path, said.weight_version
+        model_path, weight_version = self._weights
         facts = self._services.codec.model_config
         return JsonReply(
             {
-                "model_path": model.path,
+                "model_path": model_path,
                 "served_model_name": model.served_name,
                 "tokenizer_path": model.tokenizer_path,
                 "is_generation": True,
                 "preferred_sampling_params": None,
-                "weight_version": WEIGHT_VERSION,
+                "weight_version": weight_version,
                 "load_format": "auto",
                 "reasoning_parser": None,
                 "tool_call_parser": None,
@@ -87,6 +93,7 @@ def server_args(config: ServerConfig) -> dict[str, Any]:
         "context_length": config.model.context_length,
         "enable_deterministic_inference": config.model.deterministic,
         "weights_digest": config.model.weights_digest,
+        "weights_update_timeout": config.scheduler.weights_update_timeout_s,
         "random_seed": config.model.random_seed,
         "tp_size": config.tp_size,
         "page_size": config.pool.page_size,
@@ -110,6 +117,7 @@ def server_args(config: ServerConfig) -> dict[str, Any]:
         "admin_api_key": redacted(config.http.admin_api_key, "admin_api_key") or None,
         "ssl_certfile": config.http.ssl_certfile or None,
         "enable_cache_report": config.http.cache_report,
+        "enable_metrics": config.http.enable_metrics,
         "log_format": config.log.format,
         "log_level": config.log.level,
     }

@@ -20,6 +20,7 @@ from typing import Protocol
 from sglang_hicache.errors import HiCacheError, UserError
 from sglang_hicache.tokenizer.detokenize import Detokenizer
 from sglang_hicache.wire import (
+    FIRST_WEIGHT_VERSION,
     AbortRequest,
     CachedTokens,
     FinishReason,
@@ -81,6 +82,8 @@ class RequestStream:
         self.finish: FinishReason | None = None
         self.cached = CachedTokens()
         self.num_retractions = 0
+        #: What the weights are called that computed the latest output.
+        self.weight_version = FIRST_WEIGHT_VERSION
         self.prompt_tokens = len(submission.token_ids)
         self._detokenizer = detokenizer
         self._started_s = time.monotonic()
@@ -226,6 +229,7 @@ class RequestManager:
                 continue
             stream, changed = entry
             stream.append(output)
+            stream.weight_version = batch.weight_version
             if stream.finish is not None:
                 self._forget(stream)
             changed.set()

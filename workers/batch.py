@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from sglang_hicache.cache.pools import HostPool
+    from sglang_hicache.workers.staging import NextWeights
 
 #: Bytes of one element, by the name that ModelConfig.dtype uses.
 DTYPE_SIZES_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -105,6 +106,11 @@ class Worker(Protocol):
     @property
     def layout(self) -> KVLayout:
         """Known after `load_blocking`."""
+        ...
+
+    @property
+    def next_weights(self) -> NextWeights[Any]:
+        """Other weights of the same model, to be taken while serving.  `layout` may name another class after that."""
         ...
 
     @property

@@ -7,7 +7,7 @@ told and never decides: no queue, no cache, no clock.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from sglang_hicache.cache.pools import HostPool
 from sglang_hicache.config import ModelConfig
 from sglang_hicache.errors import IntegrityError, UserError
+from sglang_hicache.weights_digest import default_cache_file, weights_digest
 from sglang_hicache.workers import models
 from sglang_hicache.workers.attention.pool import TORCH_DTYPES, DevicePool
 from sglang_hicache.workers.batch import ForwardBatch, KVLayout
@@ -24,8 +25,9 @@ from sglang_hicache.workers.parallel import Numerics, TensorGroup, kv_share
 from sglang_hicache.workers.runner import ModelRunner
 from sglang_hicache.workers.sampler import sample
 from sglang_hicache.workers.selfcheck import self_check
+from sglang_hicache.workers.staging import NextWeights
 from sglang_hicache.workers.transfer import CopyEngine, CpuCopyEngine, CudaCopyEngine, host_pages_of
-from sglang_hicache.workers.weights import load_model
+from sglang_hicache.workers.weights import load_model, read_weights, replace_weights
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ class ModelWorker:
         self._device = _device(model, rank)
         self._model: PreTrainedModel | None = None
         self._layout: KVLayout | None = None
+        #: They wait in main memory: one more copy of this rank's share, until they are taken.
+        self.next_weights = NextWeights(self._read_next_blocking, self._take_next_blocking)
         #: Set by `allocate`.
         self.runner: ModelRunner | None = None
         #: Set by `allocate` when there is a host pool.
@@ -77,8 +81,7 @@ class ModelWorker:
         self._layout = _layout(config, self._config.dtype, page_size, self._group)
         if self._numerics is Numerics.EXACT:
             make_invariant(self._model)
-            fingerprint = self_check(self._model, self._layout, self._device)
-            self._layout = replace(self._layout, numerics_class=self._exact_class(fingerprint))
+            self._prove_exact_blocking()
         _log.info("loaded %s, numerics %s", config.architectures[0], self._layout.numerics_class)
 
     def allocate(self, device_pages: int, host: HostPool | None) -> None:
@@ -119,6 +122,7 @@ class ModelWorker:
 
     def close(self) -> None:
         """Give back the pools and leave the group."""
+        self.next_weights.close_blocking()
         if self.copies is not None:
             self.copies.close()
         self.copies = self.runner = self._model = None
@@ -133,6 +137,33 @@ class ModelWorker:
         if self.copies is None:
             raise IntegrityError("a copy without a host pool")
         return self.copies
+
+    def _read_next_blocking(self, path: str, digest: str, check: Callable[[], None]) -> dict[str, torch.Tensor]:
+        """On a thread: read, and see that what was read is what its digest says."""
+        model, config = self._loaded(), models.read_config(path)
+        here, there = self.layout.architecture, models.canonical_architecture(config)
+        if here != there or config.tie_word_embeddings != model.config.tie_word_embeddings:
+            raise UserError(f"{path} is of another architecture: {there}; the server runs {here}")
+        weights = read_weights(path, model, check)
+        # The digest becomes part of every page's name: a file that changed since it was made would poison the store.
+        if weights_digest(path, default_cache_file()) != digest:
+            raise UserError(f"the weight files in {path} changed while they were read; update again once they are whole")
+        return weights
+
+    def _take_next_blocking(self, weights: dict[str, torch.Tensor]) -> None:
+        """In the same tick on all ranks, for the proof needs them all: the exact class is part of a page's name.
+
+        A machine that kept its promise with the old weights and breaks it with the new ones can serve no longer, since
+        the old ones are overwritten: the error stops the server.
+        """
+        replace_weights(self._loaded(), weights)
+        if self._numerics is Numerics.EXACT:
+            self._prove_exact_blocking()
+        _log.info("took other weights, numerics %s", self.layout.numerics_class)
+
+    def _prove_exact_blocking(self) -> None:
+        fingerprint = self_check(self._loaded(), self.layout, self._device)
+        self._layout = replace(self.layout, numerics_class=self._exact_class(fingerprint))
 
     def _exact_class(self, fingerprint: str) -> str:
         if self._device.type == "cuda":

@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -159,9 +159,7 @@ class Supervisor:
         self._outbox = outbox
         self._stats_clock = StatsClock()
         self._is_stopping = False
-        layout = page_layout(opened)
-        self._prefetch_store = CheckedStore(store.backend, layout, store.shared)
-        self._backup_store = CheckedStore(store.backend, layout, store.shared)
+        self._prefetch_store, self._backup_store = self._lane_stores()
         self._prefetch = Lane("prefetch", outbox.put, outbox.wake)
         self._backup = Lane("backup", outbox.put, outbox.wake)
 
@@ -195,6 +193,19 @@ class Supervisor:
             self._tell_stats()
         self._outbox.flush()
 
+    def _lane_stores(self) -> tuple[CheckedStore, CheckedStore]:
+        layout = page_layout(self._opened)
+        prefetch, backup = (CheckedStore(self._store.backend, layout, self._store.shared) for _ in range(2))
+        return prefetch, backup
+
+    def _use_namespace(self, namespace: str) -> None:
+        """Ops that wait or run keep the stores that they were given, and with them the old name."""
+        self._opened = msgspec.structs.replace(self._opened, namespace=namespace)
+        backend, shared = self._store.backend, self._store.shared
+        backend.use_namespace(namespace)
+        self._store = OpenStore(backend, replace(shared, negative=shared.negative.fresh()))
+        self._prefetch_store, self._backup_store = self._lane_stores()
+
     def _tell_stats(self) -> None:
         self._outbox.add(wire.BackendStats(epoch=self._opened.epoch, stats=self._store.stats()))
 
@@ -218,6 +229,8 @@ class Supervisor:
                 self._submit(self._prefetch, LookupOp(self._prefetch_store, message.op_id, message.keys))
             case wire.ReadPages() | wire.WritePages():
                 self._transfer(message)
+            case wire.UseNamespace():
+                self._use_namespace(message.namespace)
             case _:
                 raise ProtocolError(f"{type(message).__name__} after the backend was opened")
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sglang_hicache.errors import IntegrityError
 from sglang_hicache.workers.batch import DUMMY_PAGE, ForwardBatch, ForwardRow, KVLayout, RowSampling
+from sglang_hicache.workers.staging import NextWeights
 
 if TYPE_CHECKING:
     from sglang_hicache.cache.pools import HostPool
@@ -66,7 +67,7 @@ class _HostMemory:
     """Host pages: sealed bytes in a pool, or a mere list without one."""
 
     def __init__(self, identity: bytes, layout: KVLayout, pool: HostPool | None) -> None:
-        self._identity = identity
+        self.identity = identity
         self._layout = layout
         self._pool = pool
         self._contents: dict[int, PageContent] = {}
@@ -92,7 +93,7 @@ class _HostMemory:
 
     def sealed(self, content: PageContent) -> bytes:
         """Seal, before, after, repeated to the end of the page."""
-        unit = _digest(self._identity, content.before, content.after) + content.before + content.after
+        unit = _digest(self.identity, content.before, content.after) + content.before + content.after
         size_bytes = self._layout.page_bytes
         return (unit * -(-size_bytes // len(unit)))[:size_bytes]
 
@@ -111,15 +112,15 @@ class SyntheticWorker:
         self._tp_size = tp_size
         self._holds_copies = holds_copies
         self._architecture = json.dumps({"model": "synthetic", "seed": seed})
-        self._root = _digest(self._architecture.encode())
-        #: Part of every sealed page: another rank's page has other heads, whatever its tokens.
-        self._identity = _digest(self._root, b"%d/%d" % (rank, tp_size))
+        #: These weights are a digest: there is nothing to read.
+        self.next_weights = NextWeights(lambda path, digest, check: digest, self._use_weights)
         self._layout: KVLayout | None = None
         self._device_pages = 0
         self._device: dict[int, _DevicePage] = {}
         self._host: _HostMemory | None = None
         self._held: dict[int, _Copy] = {}
         self._finished: list[int] = []
+        self._use_weights("")
 
     def __repr__(self) -> str:
         rank = f"{self._rank}/{self._tp_size}"
@@ -185,6 +186,14 @@ class SyntheticWorker:
         finished, self._finished = self._finished, []
         return finished
 
+    def _use_weights(self, weights_digest: str) -> None:
+        """Everything that is computed, and so every page, depends on them."""
+        self._root = _digest(self._architecture.encode(), weights_digest.encode())
+        #: Part of every sealed page: another rank's page has other heads, whatever its tokens.
+        self._identity = _digest(self._root, b"%d/%d" % (self._rank, self._tp_size))
+        if self._host is not None:
+            self._host.identity = self._identity
+
     def held_copies(self) -> list[int]:
         """Ids of the copies that wait for `finish_copy`, oldest first."""
         return list(self._held)
@@ -211,6 +220,7 @@ class SyntheticWorker:
         self._device.clear()
         self._held.clear()
         self._host = None
+        self.next_weights.close_blocking()
 
     def reference(self, tokens: Sequence[int], count: int, sampling: RowSampling | None = None) -> list[int]:
         """The next `count` ids after these tokens, computed from the tokens alone; greedy without a sampling."""

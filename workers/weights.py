@@ -1,13 +1,14 @@
 """A model from a directory of safetensors: built without memory, then filled with this rank's share.
 
-Called once by the model worker while it loads.  Never holds more of the checkpoint than one tensor beyond the
-share that stays.
+Called by the model worker while it loads, and on its staging thread for every update of the weights.  Never holds
+more of the checkpoint than one tensor beyond the share that stays.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -65,25 +66,58 @@ def load_model(
     divide_linears(model, group)
     with contextlib.ExitStack() as stack:
         checkpoint = _Checkpoint(path, stack)
-        for owner, leaf, name in _parameters(model):
-            share = owner.shares.get(leaf) if isinstance(owner, ColumnParallelLinear | RowParallelLinear) else None
-            is_tied = name == "lm_head.weight" and config.tie_word_embeddings
-            if is_tied and share is None:
-                continue
-            source = "model.embed_tokens.weight" if is_tied else name
-            value = checkpoint.read(source, share, owner.get_parameter(leaf), device)
-            owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+        for want in _wanted(model):
+            value = checkpoint.read(want.source, want.share, want.owner.get_parameter(want.leaf), device)
+            want.owner.register_parameter(want.leaf, nn.Parameter(value, requires_grad=False))
     if config.tie_word_embeddings and isinstance(model.lm_head, nn.Linear):
         model.lm_head.weight = model.model.embed_tokens.weight
     _rebuild_buffers(model, device)
     return model.eval()
 
 
-def _parameters(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, str]]:
-    """Every parameter as (module that owns it, name there, full name)."""
+def read_weights(path: str, model: PreTrainedModel, check: Callable[[], None]) -> dict[str, Tensor]:
+    """This rank's share of other weights for a loaded model, by parameter name, in main memory.
+
+    `check` is called before each tensor and may raise.  The model itself is only asked for names and shapes.
+    """
+    found: dict[str, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        checkpoint = _Checkpoint(path, stack)
+        for want in _wanted(model):
+            check()
+            like = want.owner.get_parameter(want.leaf)
+            found[want.name] = checkpoint.read(want.source, want.share, like, torch.device("cpu"))
+    return found
+
+
+@torch.no_grad()
+def replace_weights(model: PreTrainedModel, staged: dict[str, Tensor]) -> None:
+    """Overwrite the weights in place, so that whatever refers to them goes on with the new ones.  Empties `staged`."""
+    while staged:
+        name, value = staged.popitem()
+        model.get_parameter(name).copy_(value)
+
+
+class _Wanted(NamedTuple):
+    """One parameter to fill, and what of the checkpoint belongs there."""
+
+    owner: nn.Module
+    leaf: str
+    name: str
+    source: str
+    share: Share | None
+
+
+def _wanted(model: PreTrainedModel) -> Iterator[_Wanted]:
+    """Every parameter that has bytes of its own."""
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
         parent, _, leaf = name.rpartition(".")
-        yield model.get_submodule(parent), leaf, name
+        owner = model.get_submodule(parent)
+        share = owner.shares.get(leaf) if isinstance(owner, ColumnParallelLinear | RowParallelLinear) else None
+        is_tied = name == "lm_head.weight" and model.config.tie_word_embeddings
+        if is_tied and share is None:
+            continue
+        yield _Wanted(owner, leaf, name, "model.embed_tokens.weight" if is_tied else name, share)
 
 
 def _rebuild_buffers(model: PreTrainedModel, device: torch.device) -> None:

@@ -101,6 +101,10 @@ class StorageBackend(ABC):
     def touch_blocking(self, names: Sequence[PageName]) -> None:  # noqa: B027 - most stores keep their own order
         """These pages were used: keep them longer.  The first page is the parent of the rest."""
 
+    def use_namespace(self, namespace: str) -> None:  # noqa: B027 - names bring their namespace with them
+        """New weights: what is written from now on is named by this instead of `OpenContext.namespace`.  The names say
+        it themselves; only a backend that declares whose pages it uses has to follow.  Never waits: main thread."""
+
     def info(self) -> dict[str, str]:
         """What status pages show; never a secret."""
         return {}

@@ -28,6 +28,10 @@ class NegativeCache:
         self._until_s: dict[bytes, float] = {}
         self._lock = threading.Lock()
 
+    def fresh(self) -> NegativeCache:
+        """An empty one like it: the same keys mean other pages under another namespace."""
+        return NegativeCache(self._clock, self._ttl_s, self._most_keys)
+
     def __len__(self) -> int:
         return len(self._until_s)
 

@@ -24,6 +24,7 @@ from sglang_hicache.config import (
 )
 from sglang_hicache.scheduler.core import SchedulerCore
 from sglang_hicache.scheduler.tick import Leader
+from sglang_hicache.scheduler.weights_update import CommitWeights, DropWeights, StageWeights
 from sglang_hicache.storage.attachment_events import Kill, Spawn, Stop
 from sglang_hicache.workers.batch import ForwardBatch
 
@@ -57,10 +58,12 @@ class PlayedWorker:
     """Computes nothing, remembers what every page holds."""
 
     def __init__(self, device_pages: int, host_pages: int) -> None:
-        self.device: list[tuple[int, ...] | None] = [None] * (device_pages + 1)
-        self.host: list[tuple[int, ...] | None] = [None] * host_pages
+        #: What it computes with: the first thing that every page says.
+        self.weights = ""
+        self.device: list[tuple[str | int, ...] | None] = [None] * (device_pages + 1)
+        self.host: list[tuple[str | int, ...] | None] = [None] * host_pages
         #: By op: what its copy out will put where.  On the device's stream it is done, in host memory it is not.
-        self._landing: dict[int, dict[int, tuple[int, ...] | None]] = {}
+        self._landing: dict[int, dict[int, tuple[str | int, ...] | None]] = {}
 
     def copy_out(self, op_id: int, device_pages: list[int], host_pages: list[int]) -> None:
         pairs = zip(device_pages, host_pages, strict=True)
@@ -84,22 +87,22 @@ class PlayedWorker:
             tokens = whole[i]
             assert tokens[row.prefix_len :] == row.token_ids
             for page, at in zip(row.pages, range(0, row.prefix_len, PAGE)):
-                want = tuple(tokens[: min(at + PAGE, row.prefix_len)])
+                want = (self.weights, *tokens[: min(at + PAGE, row.prefix_len)])
                 held = self.device[page]
                 assert held is not None and held[: len(want)] == want, (
                     f"page {page} holds {held}, tokens {at}.. want {want}"
                 )
             for page, at in zip(row.pages, range(0, len(tokens), PAGE)):
                 if at + PAGE > row.prefix_len:
-                    self.device[page] = tuple(tokens[: at + PAGE])
+                    self.device[page] = (self.weights, *tokens[: at + PAGE])
             if row.sampling is not None:
-                sampled.append(next_token(tokens))
+                sampled.append(next_token(tokens, self.weights))
         return sampled
 
 
-def next_token(tokens: list[int]) -> int:
-    """The model: some function of the whole text."""
-    return int(page_digest("", tokens), 16) % 50 + 8
+def next_token(tokens: list[int], weights: str = "") -> int:
+    """The model: some function of the whole text and its weights."""
+    return int(page_digest(weights, tokens), 16) % 50 + 8
 
 
 class PlayedStorage:
@@ -109,6 +112,8 @@ class PlayedStorage:
         self.rank, self.epoch, self.store = rank, spawn.epoch, store
         self.faults, self.fault_rate = faults, fault_rate
         self.state = "opening"
+        #: What it puts before every key: as the rank's weights are called.
+        self.namespace = rank.worker.weights
         self.queue: deque[wire.ToStorage] = deque()
         self.revoked: set[int] = set()
         self.progress: dict[int, int] = {}
@@ -156,11 +161,14 @@ class PlayedStorage:
             self.queue.popleft()
 
     def key(self, key: bytes) -> tuple[int, bytes]:
-        return self.rank.number, key
+        return self.rank.number, self.namespace.encode() + key
 
     def work(self, message: wire.ToStorage) -> None:
         if isinstance(message, wire.RevokeOp):
             self.revoked.add(message.op_id)
+            self.queue.popleft()
+        elif isinstance(message, wire.UseNamespace):
+            self.namespace = message.namespace
             self.queue.popleft()
         elif isinstance(message, wire.LookupPages):
             n = 0
@@ -188,6 +196,7 @@ class PlayedStorage:
         elif not stop:
             content = host[message.host_pages[done]]
             assert content is not None, "a page is written to storage before its copy has filled it"
+            assert content[0] == self.namespace, "a page is stored under the name of other weights"
             held = self.store.setdefault(self.key(message.keys[done]), content)
             assert held == content, "two contents under one key"
             assert message.depth == 0 or self.rank.number < 0 or message.parent, "a child without its parent's key"
@@ -209,6 +218,9 @@ class SimRank:
         self.op_facts: list[wire.OpFact] = []
         self.storage_facts: list[wire.StorageFact] = []
         self.clear_facts: list[wire.ClearFact] = []
+        self.weights_facts: list[wire.WeightsFact] = []
+        #: Weights that are being read.
+        self.staging: wire.UpdateWeights | None = None
         self.outputs: list[wire.RequestOutput] = []
         self.answers: list[wire.CommandAnswer] = []
         self.digests: dict[int, int] = {}
@@ -216,6 +228,8 @@ class SimRank:
     def apply(self, plan: wire.TickPlan) -> None:
         core, worker = self.core, self.worker
         effects = core.apply(plan)
+        for weights in effects.weights:
+            self.change_weights(weights)
         for copy in effects.copies_out:
             worker.copy_out(copy.op_id, copy.device_pages, copy.host_pages)
             self.copies.append(copy.op_id)
@@ -235,6 +249,19 @@ class SimRank:
         if self.world.check_each_tick:
             core.check()
 
+    def change_weights(self, instruction: StageWeights | CommitWeights | DropWeights) -> None:
+        self.staging = instruction.command if isinstance(instruction, StageWeights) else None
+        if isinstance(instruction, CommitWeights):
+            self.worker.weights = instruction.weights_digest
+            for epoch, process in self.storage.items():
+                assert process.state != "opening", "a process that cannot hear yet is told its namespace"
+                self.send(epoch, wire.UseNamespace(namespace=instruction.weights_digest))
+
+    def end_staging(self, reason: str = "") -> None:
+        if self.staging is not None:
+            self.weights_facts.append(wire.WeightsFact(self.staging.id, reason))
+            self.staging = None
+
     def drive(self, instruction: Spawn | Stop | Kill) -> None:
         epoch = instruction.epoch
         if isinstance(instruction, Spawn):
@@ -249,7 +276,7 @@ class SimRank:
             process.queue.append(message)
         elif isinstance(message, wire.ClearPages):
             self.clear_facts.append(wire.ClearFact(message.command_id, "storage process is gone"))
-        elif not isinstance(message, wire.RevokeOp):
+        elif not isinstance(message, wire.RevokeOp | wire.UseNamespace):
             self.op_facts.append(wire.OpFact(message.op_id, 0, True, True))
 
     def finish_copy(self) -> None:
@@ -257,10 +284,13 @@ class SimRank:
         self.worker.finish_copy(op_id)
         self.op_facts.append(wire.OpFact(op_id, 1 << 30, True, True))
 
-    def take_facts(self) -> tuple[list, list, list]:
-        facts = self.op_facts, self.storage_facts, self.clear_facts
-        self.op_facts, self.storage_facts, self.clear_facts = [], [], []
+    def take_facts(self) -> tuple[list, list, list, list]:
+        facts = self.op_facts, self.storage_facts, self.clear_facts, self.weights_facts
+        self.op_facts, self.storage_facts, self.clear_facts, self.weights_facts = [], [], [], []
         return facts
+
+    def has_facts(self) -> bool:
+        return bool(self.op_facts or self.storage_facts or self.clear_facts or self.weights_facts)
 
 
 class World:
@@ -282,6 +312,8 @@ class World:
         self.plans: list[wire.TickPlan] = []
         self.submitted: dict[str, wire.NewRequest] = {}
         self.commands: list[str] = []
+        #: All that were ever asked for.
+        self.weights = [""]
 
     # ------------------------------------------------------------------------------------------- inputs
 
@@ -295,6 +327,9 @@ class World:
     def command(self, kind: type, **fields: object) -> str:
         command_id = f"c{len(self.commands)}"
         self.commands.append(command_id)
+        if kind is wire.UpdateWeights:
+            fields = {"model_path": "", **fields}
+            self.weights.append(str(fields["weights_digest"]))
         self.leader.add_command(kind(id=command_id, deadline_s=fields.pop("deadline_s", 3.0), **fields), self.now_us)
         return command_id
 
@@ -328,10 +363,10 @@ class World:
         self.report(rank, plan.number)
 
     def report(self, rank: SimRank, applied: int) -> None:
-        ops, storage, clears = rank.take_facts()
+        ops, storage, clears, weights = rank.take_facts()
         self.reports[rank.number].append(wire.RankReport(
             rank=rank.number, applied=applied, digest=rank.digests.get(applied, 0), ops=ops, storage=storage,
-            clears=clears,
+            clears=clears, weights=weights,
         ))
 
     def deliver(self, rank: SimRank) -> None:
@@ -339,7 +374,7 @@ class World:
         if rank.number == 0:
             self.leader.add_own_facts(*rank.take_facts())
             return
-        if rank.op_facts or rank.storage_facts or rank.clear_facts:
+        if rank.has_facts():
             self.report(rank, max(rank.digests, default=0))
         while self.reports[rank.number]:
             self.leader.add_report(self.reports[rank.number].popleft())
@@ -347,6 +382,8 @@ class World:
     def happen(self) -> None:
         """One random thing of the environment."""
         rank = self.random.choice(self.ranks)
+        if rank.staging is not None and self.random.random() < 0.05:
+            rank.end_staging("disk" if self.random.random() < 20 * self.fault_rate else "")
         draw = self.random.random()
         if draw < 0.35:
             behind = max(len(r.inbox) for r in self.ranks)
@@ -379,7 +416,8 @@ class World:
                     rank.finish_copy()
                 for process in list(rank.storage.values()):
                     process.step()
-                busy |= bool(rank.op_facts or rank.storage_facts or rank.clear_facts)
+                rank.end_staging()
+                busy |= rank.has_facts()
                 self.deliver(rank)
             wake_us = self.leader.wake_at_us(self.ranks[0].core)
             if busy:
@@ -408,10 +446,11 @@ class World:
             alive = [e for e, p in rank.storage.items() if p.state != "gone"]
             assert alive == ([rank.core.tiers.slot.epoch] if rank.core.tiers.slot.gate() else [])
         for rid, text in self.texts().items():
-            tokens = list(self.submitted[rid].token_ids)
-            for token in text:
-                assert token == next_token(tokens), f"{rid} has another text than without a cache"
-                tokens.append(token)
+            prompt = self.submitted[rid].token_ids
+            assert any(
+                all(token == next_token([*prompt, *text[:i]], weights) for i, token in enumerate(text))
+                for weights in self.weights
+            ), f"{rid} has another text than without a cache, or one of several weights"
 
     def texts(self) -> dict[str, list[int]]:
         texts: dict[str, list[int]] = {rid: [] for rid in self.submitted}

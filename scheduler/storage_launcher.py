@@ -1,0 +1,60 @@
+"""Starts the storage processes of one rank, and knows what the pages of its present weights are called.
+
+Called by the storage driver, on the scheduler thread.
+"""
+
+from __future__ import annotations
+
+from sglang_hicache import wire
+from sglang_hicache.cache.page import namespace
+from sglang_hicache.cache.pools import HostPool
+from sglang_hicache.config import ServerConfig
+from sglang_hicache.storage.attachment_events import Spawn
+from sglang_hicache.workers.batch import KVLayout
+from sglang_hicache.workers.storage_client import StorageClient
+
+
+class StorageLauncher:
+    """`launcher(spawn)` is the process of one epoch."""
+
+    def __init__(self, config: ServerConfig, rank: int, layout: KVLayout, host: HostPool | None) -> None:
+        self._config = config
+        self._rank = rank
+        self._layout = layout
+        self._host = host
+        self._namespace = self.name_pages(layout, config.model.weights_digest)
+
+    def name_pages(self, layout: KVLayout, weights_digest: str) -> str:
+        """The namespace of pages that these weights compute; that of every process started from now on."""
+        self._layout = layout
+        self._namespace = namespace(
+            weights_digest=weights_digest,
+            architecture=layout.architecture,
+            layers=layout.layers,
+            kv_heads_total=layout.kv_heads_total,
+            head_dim=layout.head_dim,
+            kv_dtype=layout.dtype,
+            page_size=layout.page_size,
+            numerics_class=layout.numerics_class,
+        )
+        return self._namespace
+
+    def __call__(self, spawn: Spawn) -> StorageClient:
+        """Start this rank's storage process of one epoch."""
+        config, layout, host = self._config, self._layout, self._host
+        assert host is not None, "the core refuses an attach without hierarchical cache"
+        opened = wire.OpenBackend(
+            rank=self._rank,
+            epoch=spawn.epoch,
+            backend=spawn.backend,
+            extra_config_json=spawn.extra_config_json,
+            namespace=self._namespace,
+            head_start=layout.head_start,
+            head_end=layout.head_end,
+            writes=layout.writes,
+            page_bytes=layout.page_bytes,
+            host_pages=host.pages,
+            log_format=config.log.format,
+            log_level=config.log.level,
+        )
+        return StorageClient(opened, host.fd, config.run_dir)
