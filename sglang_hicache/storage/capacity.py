@@ -1,7 +1,7 @@
 """How much a store may hold, and which pages go first when that is too little.
 
 Used by every backend that stores bytes itself.  Pure: sizes, times and names come in, decisions go out; no file, thread
-or clock.  Times are whole numbers in whatever unit the backend keeps them (minutes for files, seconds for memory).
+or clock.  Times are whole seconds.
 
 The unit of eviction is a page key with all its head ranges: a page of which some ranks have lost their heads is a miss
 for all of them, and its remains would only take room.  A page never goes before its children, because no look-up

@@ -191,12 +191,11 @@ class FileBackend(StorageBackend):
         }
 
     def stats(self) -> dict[str, int]:
-        view = self._share.look_blocking()
-        own = view.files.get(self._share.namespace, 0)
+        view = self._share.view
         return {
             "used_bytes": view.used_bytes,
-            "used_pages": own,
-            "other_namespace_pages": sum(view.files.values()) - own,
+            "used_pages": view.own_files,
+            "other_namespace_pages": view.other_files,
             "foreign_files": view.foreign_files,
             "evicted_pages": self._evictor.evicted_pages,
             "expired_pages": self._evictor.expired_pages,

@@ -25,7 +25,7 @@ import msgspec
 
 from sglang_hicache.storage.capacity import DEFAULT_SHARE, Limits, Page, default_max_bytes, size_text
 from sglang_hicache.storage.file_folder import Lease, leases_blocking, sweep
-from sglang_hicache.storage.file_index import MINUTE_S, FileIndex
+from sglang_hicache.storage.file_index import FileIndex
 from sglang_hicache.storage.file_pages import EVICTOR_LOCK, TMP, TOUCH_INTERVAL_S, page_path
 from sglang_hicache.storage.file_share import Share, Usage
 
@@ -116,6 +116,10 @@ class Evictor:
 
     def tick_blocking(self) -> None:
         """Look around once, and do what is to be done."""
+        self._keep_house()
+        self._share.look_blocking()
+
+    def _keep_house(self) -> None:
         if not self._has_lock():
             self._usage = self._share.usage_blocking()
             if self._usage is not None:
@@ -131,7 +135,7 @@ class Evictor:
         is_expiry_due = ttl_s and now_s - self._expired_s >= min(_EXPIRY_S, ttl_s / 10)
         if is_expiry_due or self._excess():
             self._count()
-            self._evict(int((now_s - ttl_s - TOUCH_INTERVAL_S) // MINUTE_S) if ttl_s else None)
+            self._evict(int(now_s - ttl_s - TOUCH_INTERVAL_S) if ttl_s else None)
             self._expired_s = now_s
         self._publish()
 
@@ -262,8 +266,8 @@ class Evictor:
                 # Another file than the one that was counted: to be looked at anew, not to be deleted.
                 self._index.doubt(page)
                 return 0
-            if found.st_mtime // MINUTE_S > page.last_used:
-                catalogue.touch(page.namespace, page.key, int(found.st_mtime // MINUTE_S))
+            if int(found.st_mtime) > page.last_used:
+                catalogue.touch(page.namespace, page.key, int(found.st_mtime))
                 return 0
         for name, (_, _, size_bytes) in zip(page.names, page.ranges, strict=True):
             with contextlib.suppress(FileNotFoundError):

@@ -28,9 +28,6 @@ from sglang_hicache.storage.file_pages import (
 )
 from sglang_hicache.storage.page_format import HEADER_BYTES, PageName, parse_header
 
-#: Times of pages are kept in this unit: finer than a touch would be a lie.
-MINUTE_S = 60
-
 #: A folder that changed so recently may change again without a new time: it is listed once more.
 _FRESH_NS = 2_000_000_000
 
@@ -142,15 +139,15 @@ class FileIndex:
             return False
         if raw is None:
             return False
-        header, name, minute = parse_header(raw), file.name, int(file.mtime_s // MINUTE_S)
+        header, name, last_used_s = parse_header(raw), file.name, int(file.mtime_s)
         is_page = (
             header is not None
             and PageName(header.namespace, header.key, header.head_start, header.head_end) == name
             and HEADER_BYTES + header.payload_bytes == file.size_bytes
         )
         if header is not None and is_page:
-            self.catalogue.add(name, header.parent, header.depth, file.size_bytes, minute)
+            self.catalogue.add(name, header.parent, header.depth, file.size_bytes, last_used_s)
         else:
             # Torn, renamed, or of another format version: room to be had, and nobody's parent.
-            self.catalogue.add(name, b"", -1, file.size_bytes, minute)
+            self.catalogue.add(name, b"", -1, file.size_bytes, last_used_s)
         return True

@@ -43,7 +43,7 @@ class PageFile(NamedTuple):
     path: str
     name: PageName
     size_bytes: int
-    #: When the page was last used, to the minute; see `TOUCH_INTERVAL_S`.
+    #: When the page was last used; up to `TOUCH_INTERVAL_S` too early.
     mtime_s: float
 
 

@@ -65,12 +65,14 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 _NOTHING_COUNTED = Usage(bytes=0, max_bytes=0, files={}, foreign_files=0, counted={})
 
 
-class View(msgspec.Struct, frozen=True):
-    """The store as one process saw it last."""
+class View(msgspec.Struct):
+    """The store as one process saw it last, and what it has done itself since."""
 
     used_bytes: int = 0
     free_bytes: int = 0
-    files: dict[str, int] = {}
+    #: Files of pages of its own namespace, and of all others.
+    own_files: int = 0
+    other_files: int = 0
     foreign_files: int = 0
 
 
@@ -89,6 +91,7 @@ class Share:
         self._is_first = True
         self._granted = 0
         self._looked_s = 0.0
+        #: For whoever shows it; nothing is asked of the disk then.
         self.view = View()
 
     @property
@@ -139,6 +142,8 @@ class Share:
         with self._lock:
             lease = self._lease
             self._lease = lease._replace(bytes=lease.bytes + size_bytes, files=lease.files + files)
+            self.view.used_bytes += size_bytes
+            self.view.own_files += files
             self._tell()
 
     def use_namespace(self, namespace: str) -> None:
@@ -169,11 +174,10 @@ class Share:
             f"the disk are free, of which {size_text(limits.min_free_bytes)} stay free"
         )
 
-    def look_blocking(self) -> View:
+    def look_blocking(self) -> None:
         """See how full the store is."""
         with self._lock:
             self._look(0)
-            return self.view
 
     def publish_blocking(self, usage: Usage) -> None:
         """Tell every process on this root what was counted."""
@@ -212,7 +216,9 @@ class Share:
             self._granted = max(self._granted, wanted_bytes)
             return
         used, free = usage.bytes_now(leases), disk.f_bavail * disk.f_frsize
-        self.view = View(used, free, usage.files_now(leases), usage.foreign_files)
+        files = usage.files_now(leases)
+        own = files.get(self._lease.namespace, 0)
+        self.view = View(used, free, own, sum(files.values()) - own, usage.foreign_files)
         caps = [size for size in (self.limits.max_bytes, usage.max_bytes) if size]
         limits = replace(self.limits, max_bytes=min(caps, default=0))
         grant = max(wanted_bytes, int(_GRANT_SHARE * limits.ceiling(used, free)))

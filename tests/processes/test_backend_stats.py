@@ -35,15 +35,15 @@ def _is_stats(message: wire.FromStorage) -> bool:
 
 
 def test_they_are_told_after_the_open_after_work_and_at_the_end(rank: Rank) -> None:
-    assert rank.next_message(_is_stats) == wire.BackendStats(epoch=1, stats={"objects": 0})
+    assert rank.next_message(_is_stats).stats["used_pages"] == 0
     rank.write(1, 5)
     assert rank.end_of(1).pages == 5
-    assert rank.next_message(_is_stats).stats["objects"] == 5
+    assert rank.next_message(_is_stats).stats["used_pages"] == 5
     rank.write(2, 7)
     assert rank.end_of(2).pages == 7
     rank.client.stop()
     assert rank.exit_status() == 0
-    assert [message.stats["objects"] for message in rank.heard if _is_stats(message)][-1] == 7
+    assert [message.stats["used_pages"] for message in rank.heard if _is_stats(message)][-1] == 7
 
 
 def test_an_idle_process_is_not_woken() -> None:
