@@ -75,6 +75,15 @@ class TestDu:
         assert run(root, "du") == 0
         assert "not ours: " in capsys.readouterr().out
 
+    def test_pages_of_another_format_are_not_called_bad(self, backend: Any, root: Path) -> None:
+        """A server of another version reads them, and none of this one ever will."""
+        write(backend, 2)
+        for path in pages.page_files(root):
+            with path.open("r+b") as file:
+                file.seek(8)
+                file.write((1).to_bytes(2, "little"))
+        assert run(root, "verify") == 0
+
 
 class TestVerify:
     def test_a_whole_store_is_good(self, backend: Any, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
