@@ -109,7 +109,8 @@ class RankStatus:
             if pool is not None:
                 load |= {f"{pool.name}_pages_free": pool.free_count, f"{pool.name}_pages": pool.total}
         evictable = controller.tree.device_tokens_evictable // self._tiers.page_size
-        return load | {"device_pages_evictable": evictable} | self._served.load()
+        sizes = {"device_pages_evictable": evictable, "page_bytes": self._tiers.measures.page_bytes}
+        return load | sizes | self._served.load()
 
 
 def merged(one: Mapping[str, Mapping[str, int]], other: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:

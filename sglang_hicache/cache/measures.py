@@ -50,7 +50,7 @@ class Measures:
     """All histograms of one replica's ops, by name; a name with a slash ends in the kind of op or the backend."""
 
     def __init__(self, page_bytes: int) -> None:
-        self._page_bytes = page_bytes
+        self.page_bytes = page_bytes
         self._histograms: dict[str, Histogram] = {}
 
     def op_ended(self, op: Op, now_us: int, backend: str = "") -> None:
@@ -65,7 +65,7 @@ class Measures:
             direction = _DIRECTION[op.kind]
             self._observe(f"{direction}_pgs/{backend}", PAGES, op.done)
             if seconds > 0:
-                self._observe(f"{direction}_bandwidth/{backend}", GB_PER_S, op.done * self._page_bytes / 1e9 / seconds)
+                self._observe(f"{direction}_bandwidth/{backend}", GB_PER_S, op.done * self.page_bytes / 1e9 / seconds)
 
     def _observe(self, name: str, bounds: tuple[float, ...], value: float) -> None:
         histogram = self._histograms.get(name)

@@ -18,6 +18,7 @@ def test_flags_arrive_in_the_records(resolved, model_dir, tmp_path):
         "--tp", "2", "--page-size", "16", "--max-total-tokens", "1600", "--max-running-requests", "3", "--port", "0",
         "--max-queued-requests", "9", "--schedule-policy", "priority", "--watchdog-timeout", "7", "--random-seed", "5",
         "--check-rank-digests", "--enable-hicache", "--hicache-write-policy", "write_back", "--enable-cache-report",
+        "--enable-metrics",
         "--hicache-storage-prefetch-policy", "best_effort", "--radix-eviction-policy", "slru", "--host", "::1",
         "--radix-eviction-policy-config", '{"protected_threshold": 4}', "--hicache-storage-backend", "file",
         "--hicache-storage-attach-timeout", "1", "--hicache-storage-drain-timeout", "2", "--log-level", "debug",
@@ -43,6 +44,7 @@ def test_flags_arrive_in_the_records(resolved, model_dir, tmp_path):
         64,
     )
     assert (http.host, http.port, http.cache_report, http.drain_timeout_s) == ("::1", 0, True, 5)
+    assert http.enable_metrics is True
     assert (config.log.format, config.log.level) == ("json", "debug")
     assert config.run_dir == str(tmp_path)
 
