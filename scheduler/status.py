@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from sglang_hicache import wire
 from sglang_hicache.cache.op import COPIES
 from sglang_hicache.cache.tiers import Tiers
+from sglang_hicache.cache.why import why
 from sglang_hicache.scheduler.admission import Admission
 from sglang_hicache.scheduler.request import RequestState
 from sglang_hicache.scheduler.served import Served
 from sglang_hicache.scheduler.waiting import WaitingQueue
 
 #: Ops between the host and the store, by the names that the status uses.
-_STORAGE_OPS = ("lookup", "read", "write")
+_STORAGE_OPS = ("lookup", "read", "write", "upload")
 
 
 class RankStatus:
@@ -87,6 +88,8 @@ class RankStatus:
             write_policy=controller.write_policy,
             counters=self._counters(),
             totals=self._by_backend(),
+            lost_tokens={str(reason): tokens for reason, tokens in tiers.backup.lost.items()},
+            why=why(tiers, self._now_us),
             histograms=self._tiers.measures.snapshot() | self._served.histograms(),
             load=self._load(),
         )

@@ -82,6 +82,10 @@ class BackupLine:
         """Who is next in a line."""
         return next(iter(self._lot(is_upload).line.values()), None)
 
+    def retrying(self) -> int:
+        """Nodes that wait for another attempt; for people."""
+        return sum(entry.turn is Turn.RETRY for entry in self.entries())
+
     def next_due_us(self) -> int | None:
         """When the next retry is due."""
         while self._retries and not self._is_current(*self._retries[0]):

@@ -37,7 +37,7 @@ class BackupWriter:
         self._controller = controller
         self._tree = controller.tree
         self._storage = storage
-        self._limits = limits
+        self.limits = limits
         self.full = FullStore()
         self.pace = UploadPace(limits.upload_page_us)
         #: No upload is started in this tick: somebody waits for the cache to come to rest.
@@ -95,9 +95,9 @@ class BackupWriter:
         if entry is None or not self.full.may_try(now_us, in_flight):
             return None
         node = entry.node
-        if node.page_count > self._limits.op_pages:
-            node = self._tree.split(node, self._limits.op_pages)
-        if in_flight and not has_room(self._tree, node, self._limits.locked_pages):
+        if node.page_count > self.limits.op_pages:
+            node = self._tree.split(node, self.limits.op_pages)
+        if in_flight and not has_room(self._tree, node, self.limits.locked_pages):
             return None
         return self._line.get(node)
 

@@ -87,6 +87,11 @@ class Prefetcher:
         return len(self._by_rid)
 
     @property
+    def occupied_pages(self) -> int:
+        """Host pages that prefetches have asked for."""
+        return self._occupied_pages
+
+    @property
     def threshold_pages(self) -> int:
         return max(1, -(-max(self.settings.prefetch_threshold, self._page_size) // self._page_size))
 

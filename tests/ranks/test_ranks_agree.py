@@ -66,6 +66,9 @@ def play(seed: int, rounds: int, steps: int) -> World:
             world.happen()
         world.settle()
         world.fault_rate = fault_rate
+        for rank in world.ranks:
+            for process in rank.storage.values():
+                process.fault_rate = fault_rate
         traffic(world, steps)
         world.settle()
         world.check()

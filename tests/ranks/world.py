@@ -155,8 +155,8 @@ class PlayedStorage:
             elif self.state == "stopping":
                 self.end()
 
-    def fact(self, op_id: int, pages: int, ended: bool) -> None:
-        self.rank.op_facts.append(wire.OpFact(op_id, pages, ended, ended))
+    def fact(self, op_id: int, pages: int, ended: bool, reason: str = "") -> None:
+        self.rank.op_facts.append(wire.OpFact(op_id, pages, ended, ended, reason))
         if ended:
             self.queue.popleft()
 
@@ -183,11 +183,18 @@ class PlayedStorage:
         else:
             self.move(message)
 
+    def refuses(self, message: wire.ReadPages | wire.WritePages, at: int) -> str:
+        """The code with which this page fails, "" if it does not.  Tests put their own here."""
+        return self.faults.choice(("io", "io", "no_space", "queue_full")) if self.bad() else ""
+
     def move(self, message: wire.ReadPages | wire.WritePages) -> None:
         """One page of a read or a write, or its end."""
         done = self.progress.get(message.op_id, 0)
         host = self.rank.worker.host
-        stop = message.op_id in self.revoked or done == len(message.keys) or self.bad()
+        reason = "revoked" if message.op_id in self.revoked else ""
+        if not reason and done < len(message.keys):
+            reason = self.refuses(message, done)
+        stop = bool(reason) or done == len(message.keys)
         if not stop and isinstance(message, wire.ReadPages):
             content = self.store.get(self.key(message.keys[done]))
             stop = content is None
@@ -201,7 +208,7 @@ class PlayedStorage:
             assert held == content, "two contents under one key"
             assert message.depth == 0 or self.rank.number < 0 or message.parent, "a child without its parent's key"
         self.progress[message.op_id] = done + (not stop)
-        self.fact(message.op_id, self.progress[message.op_id], stop)
+        self.fact(message.op_id, self.progress[message.op_id], stop, reason)
 
 
 class SimRank:

@@ -1,0 +1,84 @@
+"""Why nothing is written to the store, or fetched from it, just now: sentences for whoever asks the status.
+
+"Attached and useless" is the complaint that is hardest to follow up from outside: every bound that holds something
+back is named here, with its number.  Reads only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sglang_hicache.cache.backup_pace import MAX_WRITES
+from sglang_hicache.cache.controller import WRITE_THRESHOLD
+from sglang_hicache.cache.op import OpKind
+from sglang_hicache.cache.prefetch import CAPACITY_SHARE
+from sglang_hicache.cache.tiers import Tiers
+
+
+def why(tiers: Tiers, now_us: int) -> list[str]:
+    """One sentence for each reason."""
+    if tiers.slot.gate() is None:
+        return [f"storage is {tiers.slot.face().value}: nothing is written or fetched"]
+    return [*_not_copied(tiers), *_not_written(tiers, now_us), *_not_fetched(tiers)]
+
+
+def _not_copied(tiers: Tiers) -> Iterator[str]:
+    """A backup starts from the host copy: what keeps pages from getting one?"""
+    controller = tiers.controller
+    policy, counters = controller.write_policy, controller.counters
+    if policy not in WRITE_THRESHOLD:
+        yield f"write policy {policy}: a page is copied to the host, and stored, when the device evicts it"
+    elif WRITE_THRESHOLD[policy] > 1:
+        yield (
+            f"write policy {policy}: a page is copied to the host, and stored, at hit {WRITE_THRESHOLD[policy]}; "
+            f"{counters['below_policy']} tokens were passed over so far"
+        )
+    if counters["dropped_host_pressure"]:
+        yield f"host memory: no page was free for copies of {counters['dropped_host_pressure']} tokens so far"
+
+
+def _not_written(tiers: Tiers, now_us: int) -> Iterator[str]:
+    queue, writer = tiers.backup, tiers.writer
+    line, full = queue.line, writer.full
+    if not line.entries() and not queue.to_copy:
+        yield "nothing waits to be written"
+    if queue.is_held:
+        yield "backups are held back: the weights are about to change"
+    if full.since_us is not None:
+        yield (
+            f"the store has been full for {_seconds(now_us - full.since_us)}: one write tries again in "
+            f"{_seconds(full.probe_at_us - now_us)}"
+        )
+    due_us = line.next_due_us()
+    if due_us is not None:
+        wait = _seconds(due_us - now_us)
+        yield f"the store failed: {line.retrying()} nodes wait for another attempt, the first in {wait}"
+    if line.fresh.line and tiers.ops.count(OpKind.WRITE) >= MAX_WRITES:
+        yield f"{len(line.fresh.line)} backups wait: {MAX_WRITES} writes are under way, the most that may be"
+    elif line.fresh.line and full.since_us is None and not queue.is_held:
+        locked = (tiers.controller.tree.host_tokens - tiers.controller.tree.host_tokens_evictable) // tiers.page_size
+        yield (
+            f"{len(line.fresh.line)} backups wait: {locked} host pages are in use, and a write may only start below "
+            f"{writer.limits.locked_pages}"
+        )
+    left = queue.uploads_left()
+    if left:
+        yield (
+            f"upload of what was cached before the attach: {left} of {queue.upload_pages} pages are left, at most "
+            f"{1_000_000 // writer.limits.upload_page_us} pages a second, after all other backups"
+        )
+
+
+def _not_fetched(tiers: Tiers) -> Iterator[str]:
+    prefetcher, host = tiers.prefetcher, tiers.controller.host
+    short = prefetcher.counters["below_threshold"]
+    yield (
+        f"fewer than {prefetcher.threshold_pages * tiers.page_size} tokens in a row (prefetch_threshold) are not "
+        f"fetched; that were {short} tokens so far"
+    )
+    if host is not None and prefetcher.occupied_pages >= host.total * CAPACITY_SHARE:
+        yield f"prefetches hold {prefetcher.occupied_pages} of {host.total} host pages, and may hold no more"
+
+
+def _seconds(us: int) -> str:
+    return f"{max(us, 0) / 1e6:.1f} s"
