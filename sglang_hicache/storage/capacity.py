@@ -86,8 +86,8 @@ class Limits:
     def excess(self, used_bytes: int, free_bytes: int) -> int:
         """Bytes that must go now: 0 below the high watermark, else all above the low one."""
         ceiling = self.ceiling(used_bytes, free_bytes)
-        high = min(self.high * ceiling, ceiling - self.page_bytes)
-        return max(0, used_bytes - int(min(self.low * ceiling, high))) if used_bytes > high else 0
+        high = max(0, min(self.high * ceiling, ceiling - self.page_bytes))
+        return used_bytes - int(min(self.low * ceiling, high)) if used_bytes > high else 0
 
 
 def default_max_bytes(used_bytes: int, free_bytes: int) -> int:
