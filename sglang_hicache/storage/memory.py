@@ -57,7 +57,13 @@ class MemoryBackend(StorageBackend):
         return [self._read(page) for page in pages]
 
     def write_blocking(self, pages: Sequence[OutgoingPage]) -> list[PageOutcome]:
-        return [self._write(page) for page in pages]
+        outcomes: list[PageOutcome] = []
+        for page in pages:
+            outcomes.append(self._write(page))
+            if isinstance(outcomes[-1], StorageError):
+                # The rest would make room for itself at the cost of what it hangs on.
+                break
+        return outcomes
 
     def delete_blocking(self, names: Sequence[PageName]) -> int:
         with self._lock:
