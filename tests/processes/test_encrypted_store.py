@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,11 @@ def test_another_key_finds_nothing_and_says_so(start: Start, key_file: Path) -> 
     told = [message.stats for message in second.heard if isinstance(message, wire.BackendStats)][-1]
     assert (told["other_key_pages"], told["replaced_pages"], told["negative_hits"]) == (5, 5, 1)
     assert "set_aside_pages" not in told or told["set_aside_pages"] == 0
+
+
+def test_a_process_that_does_not_encrypt_never_loads_the_library() -> None:
+    code = "import sys, sglang_hicache.workers.storage_process; print('cryptography' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"False\n"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from sglang_hicache.config import LogConfig
 from sglang_hicache.observe import (
     Counters,
     Redaction,
+    SharedCounters,
     learn_secrets,
     redacted,
     report_uncaught,
@@ -230,3 +231,18 @@ def test_counters():
     counters.set("corrupt", 2)
     assert counters.snapshot() == {"corrupt": 2, "written": 5}
     assert counters.get("never") == 0
+
+
+def test_counters_of_several_threads_lose_nothing():
+    counters = SharedCounters()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=lambda: [counters.add("pages") for _ in range(5000)]) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert counters.snapshot() == {"pages": 20_000}
