@@ -30,11 +30,10 @@ MAX_QUEUED = 16384
 class BackupQueue(Watcher):
     """Nodes that wait to be written."""
 
-    def __init__(self, controller: CacheController, storage: StorageOps, page_size: int, uploads: bool) -> None:
+    def __init__(self, controller: CacheController, storage: StorageOps, page_size: int) -> None:
         self._controller = controller
         self._tree = controller.tree
         self._storage = storage
-        self._uploads = uploads
         self._tag: tuple[int, int] | None = None
         self.line = BackupLine()
         self.books = Books(page_size)
@@ -74,7 +73,6 @@ class BackupQueue(Watcher):
             self._offer_parents_again()
             return False
         self.books.attached()
-        self._begin_upload()
         return True
 
     def offer(self, nodes: list[Node]) -> None:
@@ -96,14 +94,13 @@ class BackupQueue(Watcher):
         if not is_upload and self.line.promote(node):
             self.has_news = True
 
-    def _begin_upload(self) -> None:
-        """Everything that device or host hold already, parents first."""
-        if self._uploads:
-            for node in self._tree.nodes():
-                self._offer(node, is_upload=True)
-                if node.host_pages is None and self._controller.wants_copy(node):
-                    self.to_copy.append(node)
-            self.has_news |= bool(self.to_copy)
+    def upload(self) -> None:
+        """Offer everything that device or host hold already, parents first."""
+        for node in self._tree.nodes():
+            self._offer(node, is_upload=True)
+            if node.host_pages is None and self._controller.wants_copy(node):
+                self.to_copy.append(node)
+        self.has_news |= bool(self.to_copy)
         self.upload_pages = self.uploads_left()
 
     def _offer_parents_again(self) -> None:

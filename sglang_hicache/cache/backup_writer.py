@@ -66,8 +66,10 @@ class BackupWriter:
         return min((at for at in known if at is not None and at > self._looked_us), default=None)
 
     def attached(self) -> None:
-        """Another store: what the last one said of its room is no longer true."""
+        """Another store: what the last one said of its room is no longer true, and it lacks what is cached."""
         self.full.accepted()
+        if self.limits.upload_page_us:
+            self._queue.upload()
 
     # ----------------------------------------------------------------------------------------------- start
 

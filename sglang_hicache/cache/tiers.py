@@ -74,7 +74,7 @@ class Tiers:
         )
         self.storage = StorageOps(self.slot, self.ops, config.storage.op_timeout_s)
         limits = Limits.of(config)
-        self.backup = BackupQueue(self.controller, self.storage, pool.page_size, uploads=limits.upload_page_us > 0)
+        self.backup = BackupQueue(self.controller, self.storage, pool.page_size)
         self.writer = BackupWriter(self.backup, self.controller, self.storage, limits)
         self.prefetcher = Prefetcher(
             self.controller, self.storage, self.backup, pool.page_size, cache.prefetch_policy,
