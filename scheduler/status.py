@@ -96,10 +96,12 @@ class RankStatus:
 
     def _storage_counters(self) -> Counter[str]:
         """In tokens: what a backend has to do with."""
-        tiers = self._tiers
-        return Counter({f"prefetch_{name}_tokens": n for name, n in tiers.prefetcher.counters.items()}) + Counter(
-            {f"backup_{name}_tokens": n for name, n in tiers.backup.counters.items()}
-        )
+        prefetcher, backup = self._tiers.prefetcher, self._tiers.backup
+        found = Counter({f"prefetch_{name}_tokens": n for name, n in prefetcher.counters.items()})
+        found.update({f"backup_{name}_tokens": n for name, n in backup.counters.items()})
+        found.update({f"lost_{reason}_tokens": n for reason, n in backup.lost.items()})
+        found["lost_tokens"] = backup.lost.total()
+        return found
 
     def _counters(self) -> dict[str, int]:
         cache = {f"cache_{name}_tokens": n for name, n in self._tiers.controller.counters.items()}
