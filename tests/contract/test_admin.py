@@ -299,6 +299,28 @@ def test_flush(server: FakeServer, method: str) -> None:
     assert server.commands(wire.FlushCache)[2].timeout_s == 0
 
 
+def test_flush_keeps_the_storage_unless_told_otherwise(server: FakeServer) -> None:
+    for query, keeps in (("", True), ("?keep_storage=true", True), ("?keep_storage=false", False)):
+        server.sent.clear()
+        assert server.call("POST", f"/flush_cache{query}", headers=ADMIN).status_code == 200
+        assert [command.keep_storage for command in server.commands(wire.FlushCache)] == [keeps, keeps]
+
+
+@pytest.mark.parametrize("value", ["no", "0", "FALSE", ""])
+def test_flush_refuses_a_keep_storage_that_is_neither(server: FakeServer, value: str) -> None:
+    reply = server.call("POST", f"/flush_cache?keep_storage={value}", headers=ADMIN)
+    assert reply.status_code == 400
+    assert "keep_storage" in reply.text and "true or false" in reply.text
+    assert server.sent == []
+
+
+def test_half_a_flush_is_a_failure(server: FakeServer) -> None:
+    half = "L1 and L2 were flushed, but the storage was not cleared: io"
+    server.answer_command = lambda rank, command: (rank == 0, "Cache flushed." if rank == 0 else half)
+    reply = server.call("POST", "/flush_cache?keep_storage=false", headers=ADMIN)
+    assert reply.status_code == 400 and half in reply.text
+
+
 def test_flush_that_failed(server: FakeServer) -> None:
     server.answer_command = lambda rank, command: (False, "Another flush is in progress.")
     reply = server.call("POST", "/flush_cache", headers=ADMIN)

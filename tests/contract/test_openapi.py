@@ -58,7 +58,8 @@ ROUTES_OF_THE_CONTRACT = """
     POST /v1/completions, POST /v1/chat/completions, GET /v1/models, GET /v1/models/{model},
     GET /health, GET /health_generate, GET /ready, GET /ping,
     GET /server_info, GET /get_server_info, GET /model_info, GET /get_model_info,
-    GET /flush_cache, POST /flush_cache, GET /get_hicache_l3_cache_layout,
+    GET /flush_cache, POST /flush_cache, POST /update_weights_from_disk,
+    GET /get_hicache_l3_cache_layout,
     PUT /hicache/storage-backend, GET /hicache/storage-backend, DELETE /hicache/storage-backend,
     POST /hicache/storage-backend/clear, POST /clear_hicache_storage_backend
 """

@@ -136,7 +136,7 @@ def test_a_request_that_had_to_step_back_ends_with_the_weights_it_began_with() -
     while not any(request.num_retractions for request in line):
         tick(world)
     assert update(world, "w1").success
-    assert sum(o.num_retractions for o in world.ranks[0].outputs if o.finish) == 1
+    assert any(o.num_retractions for o in world.ranks[0].outputs if o.finish)
     world.check()
 
 

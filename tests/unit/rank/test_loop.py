@@ -1,6 +1,7 @@
 """The tick loop of a single rank with a synthetic model: from a request on the socket to its answer, and the sleep."""
 
 import contextlib
+import threading
 from collections.abc import Callable
 
 import msgspec
@@ -15,7 +16,10 @@ from sglang_hicache.scheduler.core import SchedulerCore
 from sglang_hicache.scheduler.loop import TickLoop
 from sglang_hicache.scheduler.mailbox import LeaderMailbox
 from sglang_hicache.scheduler.storage_driver import StorageDriver
+from sglang_hicache.scheduler.weights_driver import WeightsDriver
 from sglang_hicache.sockets import Poller, Pull, Push, ipc_address
+from sglang_hicache.workers.batch import KVLayout
+from sglang_hicache.workers.staging import NextWeights
 from sglang_hicache.workers.synthetic import SyntheticWorker
 
 SHUTDOWN = wire.Shutdown(id="bye")
@@ -40,6 +44,8 @@ class Rank:
         self.core = SchedulerCore(config, 0)
         mailbox = LeaderMailbox(config, self.core, poller)
         driver = StorageDriver(None, poller)
+        self.names: list[str] = []
+        weights = WeightsDriver(worker, driver, self)
         inbox = Pull(ipc_address(config.run_dir, "to_rank_0"), wire.ToRank, bind=True)
         self.from_rank = Pull(ipc_address(config.run_dir, "from_ranks"), wire.FromRank, bind=True)
         self.to_rank = Push(ipc_address(config.run_dir, "to_rank_0"), wire.ToRank)
@@ -48,7 +54,14 @@ class Rank:
         )
         for thing in (mailbox, inbox, self.from_rank, self.to_rank, self.to_tokenizer):
             stack.callback(thing.close)
-        self.loop = TickLoop(0, self.core, worker, driver, mailbox, inbox, self.to_tokenizer, poller, self.heartbeat)
+        self.loop = TickLoop(
+            0, self.core, worker, driver, weights, mailbox, inbox, self.to_tokenizer, poller, self.heartbeat
+        )
+
+    def name_pages(self, layout: KVLayout, weights_digest: str) -> str:
+        """In the place of the launcher of storage processes."""
+        self.names.append(weights_digest)
+        return weights_digest
 
     def run(self, *messages: wire.ToRank) -> list[wire.FromRank]:
         """Send messages and let the rank work until a shutdown; everything that came back."""
@@ -122,6 +135,64 @@ def test_a_question_about_the_status_is_answered_without_a_plan(one_rank):
         (status,) = rank.run(wire.QueryStatus(id="q"), SHUTDOWN)
         assert (status.id, status.rank, status.state) == ("q", 0, "detached")
         assert rank.core.tick == 1, "only the shutdown took a plan"
+
+
+UPDATE = wire.UpdateWeights(id="u", deadline_s=60.0, model_path="/new", weights_digest="w1", weight_version="v1")
+
+
+class WaitingWorker(SyntheticWorker):
+    """Reads its weights until the loop has gone to sleep over it a few times."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__()
+        self.read = threading.Event()
+        self._error = error
+        self.next_weights = NextWeights(self._read, self._use_weights)
+
+    def _read(self, path: str, digest: str, check: Callable[[], None]) -> str:
+        assert self.read.wait(60), "nobody let it go on"
+        if self._error is not None:
+            raise self._error
+        return digest
+
+    def finished_copies(self):
+        self.looks = self.__dict__.get("looks", 0) + 1
+        if self.looks == 3:
+            self.read.set()
+        return super().finished_copies()
+
+
+def updated(config, worker: WaitingWorker) -> tuple[Rank, wire.CommandAnswer]:
+    """A rank that is told to update and to leave when it has answered."""
+    with contextlib.ExitStack() as stack:
+        rank = Rank(config, stack, worker)
+        answers = []
+        send = rank.to_tokenizer.send
+
+        def sent(message) -> bool:
+            if isinstance(message, wire.CommandAnswer) and message.id == "u":
+                answers.append(message)
+                rank.to_rank.send(SHUTDOWN)
+            return send(message)
+
+        rank.to_tokenizer.send = sent
+        rank.run(UPDATE)
+        return rank, answers[0]
+
+
+def test_new_weights_are_read_on_a_thread_and_the_loop_sees_when_they_are_there(one_rank):
+    rank, answer = updated(one_rank, WaitingWorker())
+    assert answer.success, answer
+    assert rank.names == ["w1"] and rank.core.update.weight_version == "v1"
+    fresh = SyntheticWorker()
+    fresh.load_blocking(one_rank.pool.page_size)
+    assert rank.worker.reference([1, 2, 3], 4) != fresh.reference([1, 2, 3], 4)
+
+
+def test_weights_that_cannot_be_read_leave_the_rank_as_it_was(one_rank):
+    rank, answer = updated(one_rank, WaitingWorker(OSError("truncated file")))
+    assert not answer.success and "rank 0: OSError: truncated file" in answer.message
+    assert rank.names == [] and rank.core.update.weight_version == wire.FIRST_WEIGHT_VERSION
 
 
 def test_a_refusal_is_sent_without_a_forward(one_rank):

@@ -60,7 +60,7 @@ def test_only_the_newest_progress_of_an_op_is_told(storage):
     assert list(facts(storage).ops.values()) == [
         wire.OpFact(7, 2, True, True, "checksum"), wire.OpFact(8, 0, False, False)
     ]
-    assert storage.driver.counters.snapshot() == {"storage_corrupt_pages": 1, "storage_short_ops": 1}
+    assert storage.driver.counters.snapshot() == {"storage_corrupt_pages": 1, "storage_stopped_other": 1}
 
 
 def test_a_store_that_fails_says_why_once_in_the_log_and_always_in_the_status(storage, caplog):
@@ -98,8 +98,8 @@ def test_a_stop_that_ends_otherwise_than_by_exit_0_is_a_warning(storage, caplog,
 def test_an_op_that_meets_a_full_socket_is_closed_at_zero(storage):
     spawn(storage).is_full = True
     storage.driver.send(1, READ)
-    assert facts(storage).ops == {7: wire.OpFact(7, 0, True, True)}
-    assert storage.driver.counters.get("storage_refused_queue_full") == 1
+    assert facts(storage).ops == {7: wire.OpFact(7, 0, True, True, "queue_full")}
+    assert storage.driver.counters.get("storage_stopped_queue_full") == 1
 
 
 def test_an_op_for_a_process_that_is_gone_is_closed_at_zero_and_one_that_was_sent_is_not(storage):
@@ -114,7 +114,7 @@ def test_an_op_for_a_process_that_is_gone_is_closed_at_zero_and_one_that_was_sen
     storage.driver.send(1, wire.RevokeOp(op_id=7))
     storage.driver.send(1, wire.ClearPages(command_id="c"))
     found = facts(storage)
-    assert found.ops == {8: wire.OpFact(8, 0, True, True)}
+    assert found.ops == {8: wire.OpFact(8, 0, True, True, "gone")}
     assert found.clears == [wire.ClearFact("c", "the storage process is gone")]
 
 
@@ -218,3 +218,22 @@ def test_counters_of_a_backend_outlive_its_processes_and_levels_do_not(storage):
     assert storage.driver.stats(1) == {}
     assert storage.driver.stats(2) == {"evicted_pages": 10, "used_bytes": 7}
     assert storage.driver.totals() == {"memory": {"evicted_pages": 14}}
+
+
+def test_nothing_overtakes_a_namespace_that_did_not_fit(storage):
+    """An op behind it would be carried out under the old name: with a full socket the op is refused instead."""
+    client = spawn(storage)
+    client.is_full = True
+    storage.driver.use_namespace("n2")
+    client.is_full = False
+    storage.driver.send(1, READ)
+    assert client.sent == []
+    assert facts(storage).ops[7].closed
+    assert client.sent == [wire.UseNamespace(namespace="n2")]
+    storage.driver.send(1, READ)
+    assert client.sent[1:] == [READ]
+
+
+def test_a_vote_on_new_weights_is_a_fact(storage):
+    storage.driver.weights_read("u", "no room")
+    assert facts(storage).weights == [wire.WeightsFact("u", "no room")]

@@ -25,7 +25,7 @@ def test_flags_arrive_in_the_records(resolved, model_dir, tmp_path):
         "--hicache-storage-lookup-timeout", "3", "--hicache-storage-op-timeout", "4", "--shutdown-drain-timeout", "5",
         "--hicache-config-dir", str(tmp_path), "--log-format", "json", "--served-model-name", "mine",
         "--context-length", "100", "--dtype", "float", "--enable-deterministic-inference",
-        "--chunked-prefill-size", "64", "--hicache-upload-rate", "0",
+        "--chunked-prefill-size", "64", "--hicache-upload-rate", "0", "--weights-update-timeout", "8",
     ).config  # fmt: skip
     model, cache, storage, scheduler, http = config.model, config.cache, config.storage, config.scheduler, config.http
     assert (config.tp_size, config.pool.page_size, config.pool.device_tokens) == (2, 16, 1600)
@@ -45,6 +45,7 @@ def test_flags_arrive_in_the_records(resolved, model_dir, tmp_path):
     )
     assert (http.host, http.port, http.cache_report, http.drain_timeout_s) == ("::1", 0, True, 5)
     assert http.enable_metrics is True
+    assert scheduler.weights_update_timeout_s == 8
     assert (config.log.format, config.log.level) == ("json", "debug")
     assert config.run_dir == str(tmp_path)
 
