@@ -93,6 +93,7 @@ class Evictor:
         self.wake()
         if self._thread.ident is not None:
             self._thread.join()
+        self._give_up_lock()
 
     def _run(self) -> None:
         try:
