@@ -115,6 +115,7 @@ class SchedulerCore:
         effects = Effects()
         for outcome in plan.storage:
             self.tiers.storage_outcome(outcome)
+        self._answer_slot()  # now: the write policy of an attach decides what its upload copies
         for op_outcome in plan.ops:
             self.tiers.op_outcome(op_outcome, self.tick, plan.now_us)
         for clear in plan.clears:
@@ -142,12 +143,16 @@ class SchedulerCore:
         tiers = self.tiers.take_effects()
         effects.storage, effects.to_storage = tiers.storage, tiers.to_storage
         effects.copies_out, effects.copies_in = tiers.copies_out, tiers.copies_in
-        for answer in tiers.answers:
-            self.commands.slot_answered(answer)
+        self._answer_slot()
         update = self.update.take_effects()
         effects.weights = update.instructions
         effects.answers, self.commands.answers = self.commands.answers + update.answers, []
         effects.batch = batches.build(self._shares) if self._shares else None
+
+    def _answer_slot(self) -> None:
+        """What the storage slot has answered goes to the commands that asked."""
+        for answer in self.tiers.take_answers():
+            self.commands.slot_answered(answer)
 
     def apply_results(self, token_ids: list[int]) -> list[wire.RequestOutput]:
         """Take the ids that the forward of this tick sampled, one per row that wanted one."""

@@ -38,7 +38,8 @@ class BackupQueue(Watcher):
         self.line = BackupLine()
         self.books = Books(page_size)
         self.counters, self.lost = self.books.counters, self.books.lost
-        #: Nodes on the device only, which an upload copies to the host first as long as there is room.
+        #: Nodes on the device only: an upload copies those to the host that the policy wants there, while there is
+        #: room.
         self.to_copy: deque[Node] = deque()
         #: Pages of the latest upload when it began.
         self.upload_pages = 0
@@ -98,7 +99,7 @@ class BackupQueue(Watcher):
         """Offer everything that device or host hold already, parents first."""
         for node in self._tree.nodes():
             self._offer(node, is_upload=True)
-            if node.host_pages is None and self._controller.wants_copy(node):
+            if node.host_pages is None:
                 self.to_copy.append(node)
         self.has_news |= bool(self.to_copy)
         self.upload_pages = self.uploads_left()

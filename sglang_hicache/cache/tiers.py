@@ -50,8 +50,6 @@ class TierEffects:
     to_storage: list[tuple[int, wire.ToStorage]] = field(default_factory=list)
     copies_out: list[Copy] = field(default_factory=list)
     copies_in: list[Copy] = field(default_factory=list)
-    #: Commands that the slot has answered.
-    answers: list[Answer] = field(default_factory=list)
 
 
 class Tiers:
@@ -190,10 +188,15 @@ class Tiers:
             more, instructions = self.storage.take()
             messages += more
         controller = self.controller
-        effects = TierEffects(self._driver, messages, controller.copies_out, controller.copies_in, self._answers)
-        self._driver, self._answers = [], []
+        effects = TierEffects(self._driver, messages, controller.copies_out, controller.copies_in)
+        self._driver = []
         controller.copies_out, controller.copies_in = [], []
         return effects
+
+    def take_answers(self) -> list[Answer]:
+        """What the slot has answered, for the commands that asked."""
+        answers, self._answers = self._answers, []
+        return answers
 
     def has_unsent(self) -> bool:
         """Results of the last forward started copies or backups: only another tick hands them out."""
