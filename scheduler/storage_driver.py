@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sglang_hicache import wire
-from sglang_hicache.errors import ProtocolError, UserError
+from sglang_hicache.errors import STOP_CODES, ProtocolError, UserError
 from sglang_hicache.observe import LEVELS, Counters
 from sglang_hicache.sockets import Poller
 from sglang_hicache.storage import registry
@@ -146,7 +146,7 @@ class StorageDriver:
                 why = "the storage process is gone" if process is None else reason
                 self._facts.clears.append(wire.ClearFact(message.command_id, why))
             case wire.LookupPages() | wire.ReadPages() | wire.WritePages():
-                self.counters.add(f"storage_refused_{reason}")
+                self.counters.add(f"storage_stopped_{reason}")
                 log.debug("not handed to storage: %s", reason, extra={"op": message.op_id, "epoch": epoch})
                 self._facts.ops[message.op_id] = wire.OpFact(message.op_id, 0, True, True, reason)
             case wire.RevokeOp() | wire.UseNamespace() if process is not None:
@@ -198,7 +198,6 @@ class StorageDriver:
                 if message.corrupt:
                     self.counters.add("storage_corrupt_pages", message.corrupt)
                 if message.reason:
-                    self.counters.add("storage_short_ops")
                     self._stopped_short(epoch, process, message)
             case wire.ClearDone():
                 self._facts.clears.append(wire.ClearFact(message.command_id, message.reason))
@@ -209,6 +208,7 @@ class StorageDriver:
         """Serving goes on without the store, so that only the log and the status can tell that it fails: one line for
         each kind of failure, not one for each op of a full disk."""
         kind, reason = message.reason.partition(":")[0], message.reason
+        self.counters.add(f"storage_stopped_{kind if kind in STOP_CODES else 'other'}")
         is_news = kind not in _HARMLESS and kind != process.failure.partition(":")[0]
         if kind not in _HARMLESS:
             process.failure = reason

@@ -27,5 +27,13 @@ class StorageError(HiCacheError):
         self.reason = reason
 
 
+#: Why an op with the store may stop short: what stands before the colon of its reason.  Those of a `StorageError`, then
+#: what `checked.py` and the lanes find, then ops that no store has seen.  Anything else is counted as "other".
+STOP_CODES = (
+    "io", "no_space", "refused", "contract", "corrupt", "other_key", "miss", "defect", "revoked", "queue_full", "gone",
+    "other",
+)  # fmt: skip
+
+
 class ProtocolError(HiCacheError):
     """A peer process sent something that does not fit the wire, or in the wrong order."""

@@ -12,6 +12,7 @@ from sglang_hicache.cache import measures
 from sglang_hicache.cache.loss import Loss
 from sglang_hicache.cache.op import COPIES, OpKind
 from sglang_hicache.config import ServerConfig
+from sglang_hicache.errors import STOP_CODES
 from sglang_hicache.storage.attachment_events import State
 from sglang_hicache.tokenizer.metrics_series import (
     KNOWN,
@@ -19,7 +20,6 @@ from sglang_hicache.tokenizer.metrics_series import (
     RANK_UP,
     Scope,
     Series,
-    View,
     by,
     counter,
     each,
@@ -35,16 +35,13 @@ UNFULFILLED = (
 )  # fmt: skip
 DEFERRED = ("host_capacity", "device_capacity")
 DROPPED = ("host_pressure", "write_through_unbacked_eviction")
-#: Codes of ops that stopped short; a code that is not here counts as "other", so that no fault makes a new series.
-FAILURES = ("contract", "corrupt", "defect", "gone", "io", "miss", "no_space", "queue_full", "refused", "revoked",
-            "other")  # fmt: skip
 #: Counters of the storage processes: name among their stats, and meaning.
 PROCESS_COUNTERS = (
     ("lookup_pages", "Pages that look-ups found"),
     ("read_pages", "Pages that were read whole"),
     ("read_bytes", "Bytes of pages that were read whole"),
-    ("written_pages", "Pages that were written, or were there already"),
-    ("written_bytes", "Bytes of pages that were written, or were there already"),
+    ("written_pages", "Pages that were written"),
+    ("written_bytes", "Bytes of pages that were written"),
     ("present_pages", "Pages that were there already when they were to be written"),
     ("corrupt_pages", "Pages that were refused for their size, header or checksum"),
     ("set_aside_pages", "Corrupt pages that were moved out of every reader's way"),
@@ -177,18 +174,10 @@ def rank_series() -> Iterator[Series]:
         OWN + "op_duration_seconds", scope, "Time from the plan that started an op to the plan that ended it.",
         measures.OP_SECONDS, "op_duration_seconds/{}",
     ))  # fmt: skip
-    yield each(by("kind", FAILURES, counter(
-        OWN + "storage_op_failures_total", scope, "Ops of the storage that stopped short, by reason.", _failures,
+    yield each(by("reason", STOP_CODES, counter(
+        OWN + "storage_stopped_ops_total", scope, "Ops of the storage that stopped short, by reason.",
+        lambda v: v.counter(f"storage_stopped_{v.case}"),
     )))  # fmt: skip
-
-
-def _failures(view: View) -> int:
-    """An op that stopped for a reason of its own counts as "other": no fault may make a series that was not there."""
-    prefix = "storage_failed_"
-    if view.case != "other":
-        return view.counter(prefix + view.case)
-    found = {name.removeprefix(prefix): n for name, n in view.answer.counters.items() if name.startswith(prefix)}
-    return sum(n for kind, n in found.items() if kind not in FAILURES[:-1])
 
 
 def rank_storage_series() -> Iterator[Series]:

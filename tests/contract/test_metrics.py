@@ -17,9 +17,10 @@ from sglang_hicache import wire
 from sglang_hicache.cache import measures
 from sglang_hicache.cache.loss import Loss
 from sglang_hicache.config import CacheConfig
+from sglang_hicache.errors import STOP_CODES
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.attachment_events import State
-from sglang_hicache.tokenizer.metrics_table import FAILURES, UNFULFILLED
+from sglang_hicache.tokenizer.metrics_table import UNFULFILLED
 from tests.contract.fake_server import FakeServer, make_config
 from tests.house.source import ROOT
 
@@ -41,7 +42,7 @@ STATUS: dict[str, Any] = {
     "counters": {
         "ticks": 77, "served_prompt_tokens": 1000, "served_generation_tokens": 30, "served_cached_host_tokens": 640,
         "cache_evicted_tokens": 128, "cache_backup_tokens": 256, "cache_dropped_host_pressure_tokens": 64,
-        "storage_failed_no_space": 2, "storage_failed_wrong moon": 3, "storage_failed_wrong star": 1,
+        "storage_stopped_no_space": 2, "storage_stopped_wrong moon": 3,
     },
     "totals": {
         "file": {"prefetch_prefetched_tokens": 192, "prefetch_deadline_tokens": 64, "backup_backuped_tokens": 320,
@@ -166,8 +167,8 @@ def test_every_reason_is_told_from_the_start_and_no_fault_makes_a_new_one(server
     scrape = Scrape(server)
     lost = scrape.by("reason", "sglang_hicache:lost_tokens_total", storage_backend="FileBackend")
     assert lost == dict.fromkeys([loss.value for loss in Loss], 0) | {"no_space": 64, "shutdown": 32}
-    failures = scrape.by("kind", "sglang_hicache:storage_op_failures_total", tp_rank="0")
-    assert failures == dict.fromkeys(FAILURES, 0) | {"no_space": 2, "other": 4}
+    stopped = scrape.by("reason", "sglang_hicache:storage_stopped_ops_total", tp_rank="0")
+    assert stopped == dict.fromkeys(STOP_CODES, 0) | {"no_space": 2}
 
 
 def test_twenty_attachments_neither_add_nor_lose_nor_lower_a_series(server: FakeServer) -> None:
@@ -179,7 +180,7 @@ def test_twenty_attachments_neither_add_nor_lose_nor_lower_a_series(server: Fake
             "epoch": epoch, "backend": ("file", "memory")[epoch % 2],
             "totals": {"file": counted} if epoch == 1 else {"file": counted, "memory": counted},
             "histograms": {"backup_pgs/file": wire.Histogram(bounds=measures.PAGES, counts=(epoch, 0, 0, 0, 0, 0))},
-            "counters": {"ticks": epoch * 10, f"storage_failed_new {epoch}": epoch},
+            "counters": {"ticks": epoch * 10, f"storage_stopped_new {epoch}": epoch},
         }  # fmt: skip
         for answer in (attached, attached | {"state": "detached", "backend": "", "backend_stats": {}}):
             server.answer_status = lambda rank, answer=answer: answer
