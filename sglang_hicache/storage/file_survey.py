@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import struct
 from collections import defaultdict
 from collections.abc import Iterator
@@ -79,6 +80,21 @@ class Tally(msgspec.Struct):
         self.bytes += size_bytes
 
 
+class _Place(NamedTuple):
+    """Something in a folder of pages."""
+
+    path: str
+    has_page_name: bool
+    #: None: gone, or no regular file with the name of a page.
+    file: PageFile | None
+    #: Its first bytes; None: gone, or not ours.
+    raw: bytes | None
+
+    def is_strange_blocking(self) -> bool:
+        """Still there, and still not ours?  A page may have gone and come again since it was looked at."""
+        return os.path.lexists(self.path) and not (self.has_page_name and read_header(self.path) is not None)
+
+
 class Survey(msgspec.Struct):
     """What a store holds."""
 
@@ -97,21 +113,22 @@ class Survey(msgspec.Struct):
     def take_blocking(cls, root: Path, selection: Selection) -> Survey:
         """Read every header."""
         survey, beside = cls(), []
-        for file, raw, path in _headers_blocking(root, selection.namespace, beside):
-            survey._add(file, raw, path, selection)
+        for place in _places_blocking(root, selection.namespace, beside):
+            survey._add(place, selection)
         survey.foreign += len(beside)
         for folder in entries_blocking(root / TMP):
             _add_files(survey.temporary, folder.path)
         _add_files(survey.quarantine, root / QUARANTINE)
         return survey
 
-    def _add(self, file: PageFile | None, raw: bytes | None, path: str, selection: Selection) -> None:
-        if file is None or raw is None:
-            self.foreign += os.path.lexists(path)
+    def _add(self, place: _Place, selection: Selection) -> None:
+        file = place.file
+        if file is None or place.raw is None:
+            self.foreign += place.is_strange_blocking()
             return
-        header = parse_header(raw)
+        header = parse_header(place.raw)
         if header is None:
-            (self.torn if len(raw) < HEADER_BYTES else self.other_formats).add(file.size_bytes, file.mtime_s)
+            (self.torn if len(place.raw) < HEADER_BYTES else self.other_formats).add(file.size_bytes, file.mtime_s)
         elif selection.has(header):
             tenants = self.pages.setdefault(file.name.namespace, {})
             tenants.setdefault(header.tenant.hex(), Tally()).add(file.size_bytes, file.mtime_s)
@@ -158,8 +175,16 @@ def check_blocking(root: Path, selection: Selection) -> Iterator[Finding]:
             file = page_file(folder, entry)
             if file is not None:
                 yield from _check(root, file, selection, buffer)
-            elif page_name(folder, entry.name) and selection.tenant is None and os.path.lexists(entry.path):
+            elif page_name(folder, entry.name) and selection.tenant is None and _is_in_the_way(entry.path):
                 yield Finding(entry.path, 0, "no regular file, but in the way of a page; remove it by hand")
+
+
+def _is_in_the_way(path: str) -> bool:
+    """Is this a link, a folder, a pipe?  A page may have come again since it was gone."""
+    try:
+        return not stat.S_ISREG(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _check(root: Path, file: PageFile, selection: Selection, buffer: memoryview) -> Iterator[Finding]:
@@ -227,9 +252,9 @@ class Doomed:
         """All that is meant: pages, torn ones and those of other formats too unless a tenant is asked for, and what
         of it was set aside."""
         doomed = cls(root)
-        for file, raw, _ in _headers_blocking(root, selection.namespace, []):
-            if file is not None and raw is not None and selection.has(header := parse_header(raw)):
-                doomed._add(file, header.depth if header is not None else _NO_DEPTH)
+        for place in _places_blocking(root, selection.namespace, []):
+            if place.file is not None and place.raw is not None and selection.has(header := parse_header(place.raw)):
+                doomed._add(place.file, header.depth if header is not None else _NO_DEPTH)
         for entry in entries_blocking(root / QUARANTINE):
             raw = read_header(entry.path)
             header = parse_header(raw) if raw is not None else None
@@ -267,15 +292,13 @@ class Doomed:
                 yield page_path(self._root, PageName(namespaces[number], *name))
 
 
-def _headers_blocking(
-    root: Path, namespace: str, beside: list[str]
-) -> Iterator[tuple[PageFile | None, bytes | None, str]]:
-    """Everything where pages lie: the file, if it is at a page's path, its first bytes, if they are ours, and its
-    path.  What lies beside such folders is added to `beside`."""
+def _places_blocking(root: Path, namespace: str, beside: list[str]) -> Iterator[_Place]:
+    """Everything that lies where pages lie.  What lies beside such folders is added to `beside`."""
     for folder in folders_blocking(root, namespace, beside):
         for entry in sorted(entries_blocking(folder.path), key=lambda entry: entry.name):
             file = page_file(folder, entry)
-            yield file, read_header(entry.path) if file is not None else None, entry.path
+            raw = read_header(entry.path) if file is not None else None
+            yield _Place(entry.path, page_name(folder, entry.name) is not None, file, raw)
 
 
 def _add_files(tally: Tally, folder: str | Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from sglang_hicache import store
+from sglang_hicache.storage import file_survey
 from sglang_hicache.storage.page_format import HEADER_BYTES
 from tests.storage import pages
 from tests.storage.conftest import Open
@@ -165,6 +166,19 @@ class TestVerify:
         out = capsys.readouterr().out
         assert f"bad: {sick}: cannot be read: Input/output error" in out
         assert "2 pages, " in out and "0 set aside" in out and sick.exists()
+
+    def test_a_page_that_comes_again_is_no_stranger(
+        self, backend: Any, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """1. A folder is listed. 2. A page in it is evicted. 3. The walk finds it gone. 4. It is written again."""
+        write(backend, 3)
+        for command in ("verify", "du"):
+            page_file = file_survey.page_file
+            monkeypatch.setattr(file_survey, "page_file", lambda folder, entry: None)
+            assert run(root, command) == 0
+            monkeypatch.setattr(file_survey, "page_file", page_file)
+            out = capsys.readouterr().out
+            assert "not ours" not in out and "bad: " not in out
 
     def test_beside_a_writer_no_page_is_ever_bad(self, backend: Any, root: Path, open_backend: Open) -> None:
         """Pages come by rename and go by unlink, at any moment of the walk."""
