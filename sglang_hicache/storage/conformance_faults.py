@@ -11,14 +11,16 @@ Used like `conformance.py`, by tests and by whoever writes a backend.  For every
 from __future__ import annotations
 
 import secrets
+import threading
+import time
 from contextlib import suppress
 
 from sglang_hicache.errors import StorageError
 from sglang_hicache.storage.backend import StorageBackend
-from sglang_hicache.storage.checked import BatchResult, CheckedStore
+from sglang_hicache.storage.checked import BatchResult, CheckedStore, Shared
 from sglang_hicache.storage.conformance import ContractBroken, Make, demand, new_layout, opened
 from sglang_hicache.storage.faulty import FaultyBackend
-from sglang_hicache.storage.page_format import HEADER_BYTES, PageLayout
+from sglang_hicache.storage.page_format import HEADER_BYTES, Cipher, PageLayout
 from sglang_hicache.storage.settings import Fault, FaultCall, FaultKind, FaultySettings
 
 #: Faults that strike, by call.  Those of reads and writes strike single pages.
@@ -40,15 +42,21 @@ _DAMAGE = ("flip", "short", "duplicate")
 _PAGES = 8
 _FIRST, _COUNT = 3, 3
 _MOST_ROUNDS = 10
+_PATIENCE_S = 20.0
 
 
-def check_sabotaged(make: Make, call: FaultCall, kind: FaultKind) -> None:
-    """A store is written, asked, read, cleared and written again while one kind of fault strikes three times."""
+def check_sabotaged(
+    make: Make, call: FaultCall, kind: FaultKind, cipher: Cipher | None = None, *, room_pages: int = _PAGES
+) -> None:
+    """A store is written, asked, read, cleared and written again while one kind of fault strikes three times.
+
+    `room_pages`: how many pages the store must keep at least, for one that is too small for all of them.
+    """
     faults = {call: Fault(kind=kind, first=_FIRST, count=_COUNT, delay_ms=1.0)}
     if call == "set_aside":  # nothing is set aside in a store without damage
         faults["write"] = Fault(kind="flip", first=0, count=_FIRST + _COUNT)
     with opened(make) as inner:
-        world = _World(inner, call, faults)
+        world = _World(inner, call, faults, cipher, room_pages)
         for _ in range(_MOST_ROUNDS):
             world.write()
             world.look_up()
@@ -59,14 +67,16 @@ def check_sabotaged(make: Make, call: FaultCall, kind: FaultKind) -> None:
         raise ContractBroken(f"the backend was struck by {kind} in {call} {world.hits()} times only: nothing is shown")
 
 
-def check_damage_at_every_byte(make: Make) -> None:
+def check_damage_at_every_byte(make: Make, cipher: Cipher | None = None) -> None:
     """One bit of a small page differs, at every byte of header and payload, on the way in and at rest."""
     layout = new_layout(page_bytes=40)
     with opened(make) as inner:
         for at in range(HEADER_BYTES + layout.payload_bytes):
             for call in ("read", "write"):
                 keys, contents = _random_pages(layout, 1)
-                store = CheckedStore(_sabotaged(inner, {call: Fault(kind="flip", at=at, count=1)}), layout)
+                store = CheckedStore(
+                    _sabotaged(inner, {call: Fault(kind="flip", at=at, count=1)}), layout, Shared(cipher)
+                )
                 _write(store, keys, contents)
                 result, _ = _read(store, layout, keys)
                 demand(
@@ -79,14 +89,16 @@ def check_damage_at_every_byte(make: Make) -> None:
                 )
 
 
-def check_pages_cut_at_every_byte(make: Make) -> None:
+def check_pages_cut_at_every_byte(make: Make, cipher: Cipher | None = None) -> None:
     """A page ends early, at every byte: as an object that is too short, or as a read that says it was whole."""
     layout = new_layout(page_bytes=40)
     with opened(make) as inner:
         for at in range(HEADER_BYTES + layout.payload_bytes):
             for call in ("read", "write"):
                 keys, contents = _random_pages(layout, 1)
-                store = CheckedStore(_sabotaged(inner, {call: Fault(kind="short", at=at, count=1)}), layout)
+                store = CheckedStore(
+                    _sabotaged(inner, {call: Fault(kind="short", at=at, count=1)}), layout, Shared(cipher)
+                )
                 _write(store, keys, contents)
                 result, found = _read(store, layout, keys)
                 # A read that missed nothing but bytes which happen to be zero has missed nothing.
@@ -100,14 +112,24 @@ def check_pages_cut_at_every_byte(make: Make) -> None:
 class _World:
     """One store under attack, the way a storage process uses it: a view for each lane, and the truth beside it."""
 
-    def __init__(self, inner: StorageBackend, call: FaultCall, faults: dict[FaultCall, Fault]) -> None:
+    def __init__(
+        self,
+        inner: StorageBackend,
+        call: FaultCall,
+        faults: dict[FaultCall, Fault],
+        cipher: Cipher | None,
+        room_pages: int,
+    ) -> None:
         self._call = call
         self._kind = faults[call].kind
         self._inner = inner
         self._layout = new_layout()
         self._backend = _sabotaged(inner, faults)
-        self._reader = CheckedStore(self._backend, self._layout)
-        self._writer = CheckedStore(self._backend, self._layout)
+        self._cipher = cipher
+        self._room_pages = room_pages
+        shared = Shared(cipher)
+        self._reader = CheckedStore(self._backend, self._layout, shared)
+        self._writer = CheckedStore(self._backend, self._layout, shared)
         self._keys, self._contents = _random_pages(self._layout, _PAGES)
 
     def hits(self) -> int:
@@ -119,7 +141,8 @@ class _World:
         with suppress(StorageError):
             result = _write(self._writer, self._keys, self._contents)
             demand((result.pages == _PAGES) is (result.reason == ""), f"stops a write short without a reason: {result}")
-            if self._call != "set_aside" and not (self._call == "write" and self._kind in _LIES):
+            is_lie = self._call == "set_aside" or (self._call == "write" and self._kind in _LIES)
+            if not is_lie and self._room_pages == _PAGES:
                 names = [self._layout.name(key) for key in self._keys[: result.pages]]
                 demand(self._inner.exists_blocking(names) == len(names), f"writes {result} and holds less")
 
@@ -149,16 +172,25 @@ class _World:
                 self._writer.clear_blocking()
 
     def is_over(self) -> None:
-        """From here on nothing strikes: every view of the store must come to hold and give all pages."""
+        """From here on nothing strikes: every view of the store must come to give all pages that fit."""
         for _ in range(2):  # a page that was stored wrong is found by the first read and replaced by the next write
-            _write(self._writer, self._keys, self._contents)
+            self._write_what_fits()
             _read(self._reader, self._layout, self._keys)
-        for store in (self._reader, CheckedStore(self._inner, self._layout)):
-            demand(store.lookup_blocking(self._keys) == _PAGES, f"does not find its pages after {self._kind}")
+        after, room = f"after {self._kind} in {self._call}", self._room_pages
+        for store in (self._reader, CheckedStore(self._inner, self._layout, Shared(self._cipher))):
+            demand(store.lookup_blocking(self._keys) >= room, f"does not find its pages {after}")
             result, found = _read(store, self._layout, self._keys)
-            demand(result == BatchResult(_PAGES), f"stays damaged after {self._kind} in {self._call}: {result}")
-            demand(found == self._contents, f"gives other bytes after {self._kind} in {self._call}")
-        demand(self._writer.clear_blocking() == _PAGES, f"counts its pages wrong after {self._kind} in {self._call}")
+            demand(result.pages >= room and not result.corrupt, f"stays damaged {after}: {result}")
+            demand(found[: result.pages] == self._contents[: result.pages], f"gives other bytes {after}")
+        cleared = self._writer.clear_blocking()
+        demand(room <= cleared <= _PAGES, f"counts {cleared} pages as cleared {after}")
+
+    def _write_what_fits(self) -> None:
+        """A full store may refuse pages for as long as it takes to make room, or to count what is there."""
+        deadline_s, never = time.monotonic() + _PATIENCE_S, threading.Event()
+        while _write(self._writer, self._keys, self._contents).pages < self._room_pages:
+            demand(time.monotonic() < deadline_s, f"makes no room in {_PATIENCE_S:.0f} s")
+            never.wait(0.01)
 
 
 def _sabotaged(inner: StorageBackend, faults: dict[FaultCall, Fault]) -> FaultyBackend:

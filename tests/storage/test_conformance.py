@@ -17,8 +17,10 @@ from sglang_hicache.storage.conformance_faults import (
     check_pages_cut_at_every_byte,
     check_sabotaged,
 )
+from sglang_hicache.storage.encryption import AesGcm
 from tests.storage import pages
 
+_SMALL = 15 * (4096 + 256) // 2
 _BACKENDS = {
     "memory": ("memory", {}),
     "file": ("file", {}),
@@ -27,12 +29,24 @@ _BACKENDS = {
     "faulty-memory": ("faulty", {"inner": "memory"}),
     "faulty-file": ("faulty", {"inner": "file"}),
 }
-#: Those that differ where a saboteur could show it.
-_SABOTAGED = ("memory", "file")
+_SMALL_BACKENDS = {
+    "memory-small": ("memory", {"max_size": _SMALL}),
+    "file-small": ("file", {"max_size": _SMALL, "min_free_space": 0}),
+}
+#: Backends under attack: settings, encryption, and pages (of eight) that must be there in the end.  The small
+#: ones have room for seven and a half and evict down to six while they are written.
+_ATTACKED: dict[str, tuple[str, bytes, int]] = {
+    "memory": ("memory", b"", 8),
+    "memory-encrypted": ("memory", b"k" * 32, 8),
+    "file": ("file", b"", 8),
+    "file-encrypted": ("file", b"k" * 32, 8),
+    "memory-small": ("memory-small", b"", 4),
+    "file-small": ("file-small", b"", 4),
+}
 
 
 def _maker(which: str, root: Path) -> Make:
-    name, config = _BACKENDS[which]
+    name, config = (_BACKENDS | _SMALL_BACKENDS)[which]
     path = {"file_storage_path": str(root)}
     if name == "file":
         config = config | path
@@ -47,16 +61,18 @@ def test_backend_keeps_the_contract(check: Callable[[Make], None], which: str, r
     check(_maker(which, root))
 
 
-@pytest.mark.parametrize("which", _SABOTAGED)
+@pytest.mark.parametrize("which", _ATTACKED)
 @pytest.mark.parametrize(("call", "kind"), SABOTAGES)
 def test_a_saboteur_costs_pages_and_nothing_else(which: str, call: str, kind: str, root: Path) -> None:
-    check_sabotaged(_maker(which, root), call, kind)
+    backend, key, room_pages = _ATTACKED[which]
+    check_sabotaged(_maker(backend, root), call, kind, AesGcm(key) if key else None, room_pages=room_pages)
 
 
-@pytest.mark.parametrize("which", _SABOTAGED)
+@pytest.mark.parametrize("which", ["memory", "memory-encrypted", "file", "file-encrypted"])
 @pytest.mark.parametrize("check", [check_damage_at_every_byte, check_pages_cut_at_every_byte])
-def test_damage_at_any_byte_is_a_miss(check: Callable[[Make], None], which: str, root: Path) -> None:
-    check(_maker(which, root))
+def test_damage_at_any_byte_is_a_miss(check: Callable[..., None], which: str, root: Path) -> None:
+    backend, key, _ = _ATTACKED[which]
+    check(_maker(backend, root), AesGcm(key) if key else None)
 
 
 @pytest.mark.parametrize(("call", "kind"), [("read", "flip"), ("write", "duplicate"), ("read", "short")])
