@@ -1,4 +1,4 @@
-"""POST /update_weights_from_disk over HTTP: what is refused before a rank hears of it, and what the ranks' word becomes."""
+"""POST /update_weights_from_disk over HTTP: what is refused before a rank hears of it, and how its end is told."""
 
 from __future__ import annotations
 
