@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -45,6 +46,9 @@ _STATUS = {Result.SUCCEEDED: 200, Result.FAILED: 400, Result.UNKNOWN: 504}
 
 #: Words that make a text which cannot be parsed, and so not be redacted name by name, unfit to be echoed.
 _SECRET_WORDS = re.compile(r"key|secret|passw|token|credential|://[^/\s]*@", re.IGNORECASE)
+
+#: A number in a sentence.
+_NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
 class AdminRoutes:
@@ -149,6 +153,8 @@ class AdminRoutes:
             "hicache_storage_backend_extra_config": echo(voice.extra_config_json) if attached else None,
             "hicache_storage_prefetch_policy": voice.prefetch_policy or None if voice else None,
             "hicache_write_policy": voice.write_policy or None if voice else None,
+            "why": _why(answers),
+            "lost_tokens": voice.lost_tokens if voice else {},
             "ranks": [_rank(rank, answer) for rank, answer in enumerate(answers)],
         }
 
@@ -245,6 +251,24 @@ def _rank(rank: int, answer: StatusAnswer | None) -> dict[str, Any]:
         "weight_version": answer.weight_version,
         "weights_digest": answer.weights_digest,
     }
+
+
+def _why(answers: Sequence[StatusAnswer | None]) -> list[str]:
+    """Why nothing is written or fetched: once what all ranks say, with its rank what only some do.
+
+    The ranks are asked one after the other, so that times and counts in the same sentence may differ a little.
+    """
+    said: dict[str, dict[int, str]] = {}
+    for rank, answer in enumerate(answers):
+        for sentence in answer.why if answer else ("the rank is silent",):
+            said.setdefault(_NUMBER.sub("0", sentence), {})[rank] = sentence
+    return [
+        text
+        for by_rank in said.values()
+        for text in (
+            [by_rank[0]] if len(by_rank) == len(answers) else [f"rank {rank}: {each}" for rank, each in by_rank.items()]
+        )
+    ]
 
 
 def _check_choice(name: str, value: str | None, allowed: tuple[str, ...]) -> None:

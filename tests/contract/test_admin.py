@@ -240,6 +240,8 @@ def test_status_is_the_ranks_truth(server: FakeServer) -> None:
         "hicache_storage_backend": "file",
         "hicache_storage_prefetch_policy": "timeout",
         "hicache_write_policy": "write_through",
+        "why": [],
+        "lost_tokens": {},
     }
     assert [(rank["rank"], rank["state"], rank["epoch"], rank["in_flight"]) for rank in ranks] == [
         (0, "attached", 3, {"write": 2}),
@@ -262,6 +264,25 @@ def test_a_silent_rank_is_unknown_and_holds_nothing_up(server: FakeServer, silen
     assert status["hicache_storage_backend"] == "file"
     assert status["ranks"][silent]["state"] == "unknown"
     assert status["ranks"][1 - silent]["state"] == "attached"
+
+
+def test_status_says_why_nothing_is_written_and_who_says_so_alone(server: FakeServer) -> None:
+    """1. Attached, and no page is written. 2. Two ranks tell the same with other times. 3. One of them more."""
+    said = (
+        ["the store has been full for 1.5 s", "nothing waits to be written"],
+        ["the store has been full for 1.6 s", "2 backups wait"],
+    )
+    lost = {"no_space": 64}
+    server.answer_status = lambda rank: attached(rank) | {"why": said[rank], "lost_tokens": lost}
+    status = server.call("GET", PATH, headers=ADMIN).json()
+    assert status["why"] == [
+        "the store has been full for 1.5 s", "rank 0: nothing waits to be written", "rank 1: 2 backups wait",
+    ]  # fmt: skip
+    assert status["lost_tokens"] == lost
+    assert [(rank["why"], rank["lost_tokens"]) for rank in status["ranks"]] == [(said[0], lost), (said[1], lost)]
+    server.answer_status = lambda rank: None if rank else attached(rank) | {"why": said[0]}
+    status = server.call("GET", PATH, headers=ADMIN).json()
+    assert status["why"] == [*(f"rank 0: {each}" for each in said[0]), "rank 1: the rank is silent"]
 
 
 def test_all_ranks_silent(server: FakeServer) -> None:
