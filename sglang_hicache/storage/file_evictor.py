@@ -37,6 +37,9 @@ TICK_S = 1.0
 #: How often it looks for changes that no lease tells of: files that somebody else has deleted.
 _RECOUNT_S = 600.0
 
+#: After a count that others wrote into, this many times as long as it took until the next one.
+_COUNT_REST = 100
+
 #: Pages past their time are looked for this often, more often where their time is short.
 _EXPIRY_S = 60.0
 
@@ -67,7 +70,8 @@ class Evictor:
         self._usage: Usage | None = None
         self._leases: dict[str, Lease] = {}
         self._published: Usage | None = None
-        self._counted_s = self._expired_s = float("-inf")
+        self._counted_s = self._expired_s = 0.0
+        self._recount_s = _RECOUNT_S
         #: After a search that found nothing to delete: writers that are refused would have it repeated at once.
         self._rests_until_s = 0.0
         #: How long the last count took.
@@ -128,12 +132,12 @@ class Evictor:
             return
         vanished = self._count_leases()
         now_s = self._clock()
-        if self._usage is None or vanished or now_s - self._counted_s > _RECOUNT_S:
+        if self._usage is None or vanished or _is_over(now_s, self._counted_s, self._recount_s):
             self._count()
         assert self._usage is not None
         self._learn_limit(self._usage)
         ttl_s = min((lease.ttl_s for lease in self._leases.values() if lease.ttl_s), default=0)
-        is_expiry_due = ttl_s and now_s - self._expired_s >= min(_EXPIRY_S, ttl_s / 10)
+        is_expiry_due = ttl_s and _is_over(now_s, self._expired_s, min(_EXPIRY_S, ttl_s / 10))
         if is_expiry_due or self._excess():
             self._count()
             self._evict(int(now_s - ttl_s - TOUCH_INTERVAL_S) if ttl_s else None)
@@ -186,7 +190,8 @@ class Evictor:
     def _count(self) -> None:
         """Bring the index up to date, and start the sum anew."""
         started_s = time.monotonic()
-        self._leases = leases_blocking(self._share.root / TMP)
+        folder = self._share.root / TMP
+        self._leases = leases_blocking(folder)
         # Read before the folders: a page written meanwhile may count twice until the next count, and never not at all.
         counted = {name: (lease.bytes, lease.files) for name, lease in self._leases.items()}
         self._index.refresh_blocking(self._breathe)
@@ -199,6 +204,9 @@ class Evictor:
             counted=counted,
         )
         self.count_s = time.monotonic() - started_s
+        # What was written meanwhile may have been counted twice: once more, as soon as it costs little.
+        is_exact = all(lease == self._leases.get(name) for name, lease in leases_blocking(folder).items())
+        self._recount_s = _RECOUNT_S if is_exact else max(TICK_S, _COUNT_REST * self.count_s)
 
     def _learn_limit(self, usage: Usage) -> None:
         """Once: how much the store may take, now that it is known how much it has."""
@@ -297,6 +305,11 @@ class Evictor:
     def _breathe(self) -> None:
         if self._stopping.wait(_BREATH_S):
             raise _Stopping
+
+
+def _is_over(now_s: float, since_s: float, wait_s: float) -> bool:
+    """Has the time passed?  A clock that was set back says yes, rather than nothing for a year."""
+    return not 0 <= now_s - since_s < wait_s
 
 
 def _is_file(path: Path, descriptor: int) -> bool:
