@@ -10,8 +10,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from prometheus_client import Metric
-from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_hicache import wire
 from sglang_hicache.cache import measures
@@ -23,6 +21,7 @@ from sglang_hicache.storage.attachment_events import State
 from sglang_hicache.tokenizer.metrics_table import UNFULFILLED
 from tests.contract.fake_server import FakeServer, make_config
 from tests.house.source import ROOT
+from tests.processes.metrics_scrape import Scrape
 
 Serve = Callable[..., FakeServer]
 
@@ -65,35 +64,15 @@ STORAGE = {"storage_backend": "FileBackend", "tp_rank": "0", "dp_rank": "0", "pp
            "attn_cp_rank": "0", "attn_cp_size": "1"}  # fmt: skip
 
 
-class Scrape:
+def scraped(server: FakeServer) -> Scrape:
     """One answer, parsed."""
-
-    def __init__(self, server: FakeServer) -> None:
-        self.reply = server.call("GET", "/metrics")
-        assert self.reply.status_code == 200
-        self.families: dict[str, Metric] = {}
-        for family in text_string_to_metric_families(self.reply.text):
-            assert family.name not in self.families, f"{family.name} is told twice"
-            self.families[family.name] = family
-        found = [sample for family in self.families.values() for sample in family.samples]
-        self.values = {(sample.name, frozenset(sample.labels.items())): sample.value for sample in found}
-        assert len(self.values) == len(found), "a series is told twice"
-
-    def value(self, name: str, **labels: str) -> float:
-        """Of the one series that has this name and exactly these labels."""
-        return self.values[name, frozenset(labels.items())]
-
-    def by(self, label: str, name: str, **some: str) -> dict[str, float]:
-        """Values of the series of this name that have `some` among their labels, by one label more."""
-        return {
-            dict(labels)[label]: value
-            for (found, labels), value in self.values.items()
-            if found == name and some.items() <= dict(labels).items()
-        }
+    reply = server.call("GET", "/metrics")
+    assert reply.status_code == 200
+    return Scrape(reply.text)
 
 
 def test_values_and_labels_are_those_that_dashboards_know(server: FakeServer) -> None:
-    scrape = Scrape(server)
+    scrape = scraped(server)
     for name, value in {
         "num_running_reqs": 4, "num_queue_reqs": 6, "cache_hit_rate": 0.25, "token_usage": 0.25,
         "full_token_usage": 0.25, "kv_available_tokens": 2048, "kv_evictable_tokens": 1024, "kv_used_tokens": 1024,
@@ -117,37 +96,19 @@ def test_values_and_labels_are_those_that_dashboards_know(server: FakeServer) ->
 
 
 def test_histograms_are_cumulative(server: FakeServer) -> None:
-    scrape = Scrape(server)
+    scrape = scraped(server)
     assert scrape.value("sglang:load_back_duration_seconds_count", **CACHE) == 6
     assert scrape.value("sglang:load_back_duration_seconds_sum", **CACHE) == 9.5
     assert scrape.value("sglang:load_back_duration_seconds_bucket", le="0.001", **CACHE) == 1
     assert scrape.value("sglang:load_back_duration_seconds_bucket", le="1.0", **CACHE) == 3
     assert scrape.value("sglang:load_back_duration_seconds_bucket", le="+Inf", **CACHE) == 6
     assert scrape.value("sglang:backup_pgs_bucket", le="5.0", **STORAGE) == 3
-    check_histograms(scrape)
-
-
-def check_histograms(scrape: Scrape) -> None:
-    """Buckets rise to +Inf, which has all."""
-    seen = 0
-    for family in scrape.families.values():
-        if family.type != "histogram":
-            continue
-        below: dict[frozenset[tuple[str, str]], list[tuple[float, float]]] = {}
-        for sample in family.samples:
-            if sample.name.endswith("_bucket"):
-                rest = frozenset(item for item in sample.labels.items() if item[0] != "le")
-                below.setdefault(rest, []).append((float(sample.labels["le"]), sample.value))
-        for rest, buckets in below.items():
-            assert buckets == sorted(buckets) and [n for _, n in buckets] == sorted(n for _, n in buckets)
-            assert buckets[-1] == (float("inf"), scrape.value(family.name + "_count", **dict(rest)))
-            seen += 1
-    assert seen > 10
+    assert scrape.check_histograms() > 10
 
 
 def test_the_slot_of_each_rank(server: FakeServer) -> None:
     server.answer_status = lambda rank: STATUS | ({"state": "failed", "epoch": 4} if rank else {})
-    scrape = Scrape(server)
+    scrape = scraped(server)
     for number, state in (("0", "attached"), ("1", "failed")):
         states = scrape.by("state", "sglang_hicache:attachment_state", tp_rank=number)
         assert states == {each.value: each.value == state for each in State}
@@ -164,7 +125,7 @@ def test_the_slot_of_each_rank(server: FakeServer) -> None:
 
 def test_every_reason_is_told_from_the_start_and_no_fault_makes_a_new_one(server: FakeServer) -> None:
     """An alert on a series that does not exist yet never fires; a series per error text fills the database."""
-    scrape = Scrape(server)
+    scrape = scraped(server)
     lost = scrape.by("reason", "sglang_hicache:lost_tokens_total", storage_backend="FileBackend")
     assert lost == dict.fromkeys([loss.value for loss in Loss], 0) | {"no_space": 64, "shutdown": 32}
     stopped = scrape.by("reason", "sglang_hicache:storage_stopped_ops_total", tp_rank="0")
@@ -173,7 +134,7 @@ def test_every_reason_is_told_from_the_start_and_no_fault_makes_a_new_one(server
 
 def test_twenty_attachments_neither_add_nor_lose_nor_lower_a_series(server: FakeServer) -> None:
     server.answer_status = lambda rank: {"state": "detached", "epoch": 0}
-    first = before = Scrape(server)
+    before = scraped(server)
     for epoch in range(1, 21):
         counted = {"backup_backuped_tokens": epoch * 64, "evicted_pages": epoch}
         attached = STATUS | {
@@ -184,24 +145,20 @@ def test_twenty_attachments_neither_add_nor_lose_nor_lower_a_series(server: Fake
         }  # fmt: skip
         for answer in (attached, attached | {"state": "detached", "backend": "", "backend_stats": {}}):
             server.answer_status = lambda rank, answer=answer: answer
-            scrape = Scrape(server)
-            assert scrape.values.keys() == first.values.keys()
-            for family in scrape.families.values():
-                for sample in family.samples if family.type != "gauge" else ():
-                    key = sample.name, frozenset(sample.labels.items())
-                    assert scrape.values[key] >= before.values[key], key
+            scrape = scraped(server)
+            scrape.check_follows(before)
             before = scrape
 
 
 def test_names_and_types_are_in_order(server: FakeServer) -> None:
-    scrape = Scrape(server)
+    scrape = scraped(server)
     for family in scrape.families.values():
         assert re.fullmatch(r"sglang(_hicache)?:[a-z][a-z_]+", family.name)
         assert family.type in ("gauge", "counter", "histogram") and family.documentation.endswith(".")
         assert family.samples, f"{family.name} has no series"
         if family.type == "counter":
             assert {sample.name for sample in family.samples} == {family.name + "_total"}
-    assert "# TYPE sglang:evicted_tokens_total counter" in scrape.reply.text
+    assert "# TYPE sglang:evicted_tokens_total counter" in scrape.text
     classes = scrape.by("storage_backend", "sglang:prefetched_tokens_total")
     assert classes.keys() == {registry.spec(name).class_name for name in registry.names()}
 
@@ -215,7 +172,7 @@ def rows_of_the_page(begin: str) -> dict[str, list[str]]:
 
 
 def test_the_page_says_what_a_scrape_gives(server: FakeServer) -> None:
-    scrape, rows = Scrape(server), rows_of_the_page("| `sglang")
+    scrape, rows = scraped(server), rows_of_the_page("| `sglang")
     sets = {name: set(re.findall(r"`(\w+)`", cells[0])) for name, cells in rows_of_the_page("| set ").items()}
     names = {name + ("_total" if family.type == "counter" else ""): family for name, family in scrape.families.items()}
     assert [name.strip("`") for name in rows] == list(names)
@@ -231,7 +188,7 @@ def test_without_a_host_tier_its_gauges_are_not_there(model: Path) -> None:
     config = make_config(model, enable_metrics=True)
     server = FakeServer(msgspec.structs.replace(config, cache=CacheConfig()))
     try:
-        assert not [name for name in Scrape(server).families if "hicache_host" in name]
+        assert not [name for name in scraped(server).families if "hicache_host" in name]
     finally:
         server.close()
 
@@ -240,9 +197,9 @@ class TestSilence:
     """A rank that hangs."""
 
     def test_its_counters_stay_and_it_is_down(self, server: FakeServer) -> None:
-        before = Scrape(server)
+        before = scraped(server)
         server.answer_status = lambda rank: None if rank == 1 else STATUS
-        after = Scrape(server)
+        after = scraped(server)
         assert after.by("tp_rank", "sglang_hicache:rank_up") == {"0": 1, "1": 0}
         lost = before.values.keys() - after.values.keys()
         assert lost and {dict(labels)["tp_rank"] for _, labels in lost} == {"1"}
@@ -252,7 +209,7 @@ class TestSilence:
 
     def test_all_of_them(self, server: FakeServer) -> None:
         server.answer_status = lambda rank: None
-        assert Scrape(server).by("tp_rank", "sglang_hicache:rank_up") == {"0": 0, "1": 0}
+        assert scraped(server).by("tp_rank", "sglang_hicache:rank_up") == {"0": 0, "1": 0}
 
 
 class TestAccess:
@@ -270,7 +227,7 @@ class TestAccess:
         server = serve(enable_metrics=True, api_key="first-key", admin_api_key="second-key")
         secret = {"extra_config_json": '{"access_key": "third-key"}', "last_error": "third-key was refused"}
         server.answer_status = lambda rank: STATUS | secret
-        text = Scrape(server).reply.text
+        text = scraped(server).text
         assert "-key" not in text
 
     def test_the_format_is_the_one_that_keeps_the_names(self, server: FakeServer) -> None:
@@ -285,5 +242,5 @@ class TestAccess:
 
         assert server.run(many()) == [200] * 10
         assert len(server.commands(wire.QueryStatus)) == 2, "one for each rank"
-        Scrape(server)
+        scraped(server)
         assert len(server.commands(wire.QueryStatus)) == 4
