@@ -34,7 +34,8 @@ class BackupQueue(Watcher):
         self._controller = controller
         self._tree = controller.tree
         self._storage = storage
-        self._tag: tuple[int, int] | None = None
+        #: What is stored now is marked with this: (epoch, store generation); None: storage is off.
+        self.tag: tuple[int, int] | None = None
         self.line = BackupLine()
         self.books = Books(page_size)
         self.counters, self.lost = self.books.counters, self.books.lost
@@ -64,9 +65,9 @@ class BackupQueue(Watcher):
     def follow(self) -> bool:
         """Storage may have been attached, detached or cleared.  True: another one than before is attached."""
         tag = self._storage.tag
-        if tag == self._tag:
+        if tag == self.tag:
             return False
-        before, self._tag = self._tag, tag
+        before, self.tag = self.tag, tag
         if tag is None:
             self.give_up_all(self.ending)
             return False
@@ -85,7 +86,7 @@ class BackupQueue(Watcher):
 
     def _offer(self, node: Node, is_upload: bool) -> None:
         """Let a node wait, if the store lacks it and its parent is stored or waits, too."""
-        if self._tag is None or node.host_pages is None or node.landing or node.stored == self._tag:
+        if self.tag is None or node.host_pages is None or node.landing or node.stored == self.tag:
             return
         entry = self.line.get(node)
         if entry is None and self._may_follow(node):  # if not, its parent will offer it
@@ -122,7 +123,7 @@ class BackupQueue(Watcher):
         return parent is not None and (self._is_stored(parent) or parent in self.line)
 
     def _is_stored(self, node: Node) -> bool:
-        return self._tree.is_root(node) or node.stored == self._tag
+        return self._tree.is_root(node) or node.stored == self.tag
 
     def place(self, entry: Waiting) -> None:
         """Into the line, or behind its parent; nowhere if the store could not be asked for it."""
@@ -148,7 +149,7 @@ class BackupQueue(Watcher):
     def found(self, node: Node, tag: tuple[int, int]) -> None:
         """A read has brought these pages from the store."""
         entry = self.line.get(node)
-        if entry is not None and (tag != self._tag or entry.turn is Turn.WRITING):
+        if entry is not None and (tag != self.tag or entry.turn is Turn.WRITING):
             return
         if entry is not None:
             self.line.remove(node)
@@ -160,7 +161,7 @@ class BackupQueue(Watcher):
         """The store lacks this page of `key`: a node that is believed to be stored is offered again, or whatever lies
         behind it stays out of reach for ever."""
         node = self._tree.holder(seed, key, page)
-        if node is None or self._tag is None or node.stored != self._tag:
+        if node is None or self.tag is None or node.stored != self.tag:
             return
         node.stored = None
         self._offer(node, is_upload=False)
@@ -179,7 +180,7 @@ class BackupQueue(Watcher):
     def _was_stored(self, node: Node) -> bool:
         """In this attachment.  If the store was cleared since, that was somebody's wish: the page is not lost, and it
         is not written again before somebody touches it."""
-        return node.stored is not None and self._tag is not None and node.stored[0] == self._tag[0]
+        return node.stored is not None and self.tag is not None and node.stored[0] == self.tag[0]
 
     # -------------------------------------------------------------------------------------- what is given up
 
@@ -211,7 +212,7 @@ class BackupQueue(Watcher):
 
     def _never_offered(self, node: Node, reason: Loss, had_host: bool) -> None:
         """A node goes, or all do, and this one never had its turn."""
-        if self._tag is None or node.lost is not None or node in self.line or self._was_stored(node):
+        if self.tag is None or node.lost is not None or node in self.line or self._was_stored(node):
             return
         by_policy = not had_host and self._controller.is_below_threshold(node)
         self.books.offered(node)
