@@ -137,10 +137,13 @@ class FileBackend(StorageBackend):
             outcomes.append(self._write(page))
             if isinstance(outcomes[-1], StorageError):
                 break
+        self._share.tell()
         return outcomes
 
     def delete_blocking(self, names: Sequence[PageName]) -> int:
-        return sum(self._delete(self._path(name)) for name in names)
+        removed = sum(self._delete(self._path(name)) for name in names)
+        self._share.tell()
+        return removed
 
     def set_aside_blocking(self, name: PageName) -> bool:
         try:
@@ -150,6 +153,7 @@ class FileBackend(StorageBackend):
         except OSError as error:
             raise _fault("cannot set a page aside", error) from error
         self._share.changed(-freed_bytes, -1)
+        self._share.tell()
         self._set_aside_pages += 1
         return True
 
@@ -159,6 +163,8 @@ class FileBackend(StorageBackend):
             removed = sum(self._delete(page.path) for page in found if read_header(page.path) is not None)
         except OSError as error:
             raise _fault("cannot clear", error) from error
+        finally:
+            self._share.tell()
         return removed
 
     def touch_blocking(self, names: Sequence[PageName]) -> None:

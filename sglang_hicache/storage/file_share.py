@@ -91,6 +91,7 @@ class Share:
         self._is_first = True
         self._granted = 0
         self._looked_s = 0.0
+        self._written_bytes = self._written_files = 0
         #: For whoever shows it; nothing is asked of the disk then.
         self.view = View()
 
@@ -107,7 +108,7 @@ class Share:
             refuse_unsafe(self.root)
             make_private(self.root / TMP)
             self._temporary = TemporaryFolder.create(self.root / TMP, self._rank)
-            self._temporary.tell(self._lease)
+            self._tell()
             self._granted = 0
 
     def close_blocking(self) -> None:
@@ -138,12 +139,16 @@ class Share:
         self._wake()
 
     def changed(self, size_bytes: int, files: int) -> None:
-        """So much was written, or deleted where it is negative."""
+        """So much was written, or deleted where it is negative.  The others hear of it with the next `tell`."""
         with self._lock:
-            lease = self._lease
-            self._lease = lease._replace(bytes=lease.bytes + size_bytes, files=lease.files + files)
+            self._written_bytes += size_bytes
+            self._written_files += files
             self.view.used_bytes += size_bytes
             self.view.own_files += files
+
+    def tell(self) -> None:
+        """Let the others know what was written: once for a batch, because it costs as much as hashing a small page."""
+        with self._lock:
             self._tell()
 
     def use_namespace(self, namespace: str) -> None:
@@ -207,6 +212,7 @@ class Share:
 
     def _look(self, wanted_bytes: int) -> None:
         self._looked_s = time.monotonic()
+        self._tell()
         try:
             usage = self.usage_blocking() or _NOTHING_COUNTED
             leases = leases_blocking(self.root / TMP)
@@ -230,7 +236,7 @@ class Share:
         if self._temporary is not None:
             # On a full disk even this may fail.  The next one says it all, and a count of the files knows it anyway.
             with contextlib.suppress(OSError):
-                self._temporary.tell(self._lease)
+                self._temporary.tell(self._lease._replace(bytes=self._written_bytes, files=self._written_files))
 
     def _leave(self) -> None:
         if self._temporary is not None:

@@ -43,6 +43,7 @@ class House:
         """Store a page, as the backend would."""
         path = put(self.root, number, parent, depth, age_s, self.share.namespace)
         self.share.changed(path.stat().st_size, 1)
+        self.share.tell()
         return path
 
     def close(self) -> None:
