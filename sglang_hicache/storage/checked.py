@@ -181,14 +181,17 @@ class CheckedStore:
         page on, and what stopped the rest."""
         done: list[PageOutcome] = []
         stopped: PageOutcome | None = None
-        for attempt in range(ATTEMPTS):
+        calls = tries = 0
+        while tries < ATTEMPTS:
             outcomes = self._call(call_name, call, pages[len(done) :])
             gained = next((i for i, outcome in enumerate(outcomes) if outcome not in good), len(outcomes))
             done += outcomes[:gained]
-            if attempt:
+            # Of the page that stops this call.  Counted by call, a long batch would end although no page fails twice.
+            tries = 1 if gained else tries + 1
+            if calls:
                 self.counters.add("retried_calls")
             if len(done) == len(pages):
-                if attempt:
+                if calls:
                     self.counters.add("recovered_calls")
                 return done, None
             if gained == len(outcomes):
@@ -200,6 +203,7 @@ class CheckedStore:
                 break
             for page in pages[len(done) :]:
                 page.restart()
+            calls += 1
         return done, stopped
 
     def _write(self, pages: list[OutgoingPage]) -> tuple[list[PageOutcome], PageOutcome | None]:

@@ -221,6 +221,8 @@ class FaultyBackend(StorageBackend):
             return _error(fault, "read")
         if number is not None and fault.kind == "disappear":
             self._inner.delete_blocking([page.name])
+        if number is None and fault.kind != "duplicate":
+            return _only(self._inner.read_blocking([page]))
         before = bytes(HEADER_BYTES) + page.payload
         outcome = _only(self._inner.read_blocking([page]))
         if outcome is not PageResult.HIT:
@@ -249,6 +251,8 @@ class FaultyBackend(StorageBackend):
         number = self._struck("write", fault)
         if number is not None and fault.kind in ("error", "no_space"):
             return _error(fault, "write")
+        if number is None and fault.kind != "duplicate":
+            return _only(self._inner.write_blocking([page]))
         payload = b"".join(chunk for _, chunk in page.chunks())
         stored = bytearray(page.header() + payload)
         last = self._last.get("write", stored)

@@ -101,3 +101,14 @@ def test_errors_of_every_call_come_out(open_backend: Open, call: str) -> None:
     name = pages.layout().name(pages.key(1))
     with pytest.raises(StorageError, match=f"sabotaged {call}"):
         backend.touch_blocking([name]) if call == "touch" else backend.set_aside_blocking(name)
+
+
+@pytest.mark.parametrize("call", ["read", "write"])
+def test_fm50_one_page_in_ten_fails_and_a_long_batch_goes_through(open_backend: Open, call: str) -> None:
+    """A page has several tries of its own: the batch does not end because many pages have needed a second one."""
+    backend = open_backend("faulty", _config(call, "error", share=0.1))
+    assert _write(backend, 128).pages == 128
+    result, targets = _read(backend, 128)
+    assert result == BatchResult(128)
+    assert targets == [pages.content(seed) for seed in range(128)]
+    assert backend.stats()[f"faults_{call}"] > 5
