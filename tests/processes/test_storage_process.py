@@ -68,7 +68,8 @@ def _started(start: Start, *args: Any, **kwargs: Any) -> Rank:
 class TestWork:
     def test_pages_go_out_and_come_back_in_place(self, start: Start, tmp_path: Path) -> None:
         rank = start("file", {"file_storage_path": str(tmp_path / "store")})
-        assert rank.opened().info == {"path": str(tmp_path / "store"), "fsync": "none"}
+        # The rest tells how much the store may hold, which is known once its pages are counted.
+        assert rank.opened().info.items() >= {"path": str(tmp_path / "store"), "fsync": "none"}.items()
         rank.write(1, 20)
         assert rank.end_of(1) == wire.OpProgress(op_id=1, pages=20, settled=True, closed=True)
         rank.send(wire.LookupPages(op_id=2, keys=keys(30)))
