@@ -74,7 +74,7 @@ def _not_fetched(tiers: Tiers) -> Iterator[str]:
     short = prefetcher.counters["below_threshold"]
     yield (
         f"fewer than {prefetcher.threshold_pages * tiers.page_size} tokens in a row (prefetch_threshold) are not "
-        f"fetched; that were {short} tokens so far"
+        f"fetched: {short} tokens so far"
     )
     if host is not None and prefetcher.occupied_pages >= host.total * CAPACITY_SHARE:
         yield f"prefetches hold {prefetcher.occupied_pages} of {host.total} host pages, and may hold no more"

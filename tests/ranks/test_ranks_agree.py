@@ -58,7 +58,8 @@ def play(seed: int, rounds: int, steps: int) -> World:
     world = World(seed, ranks, fault_rate, config=config)
     for _ in range(rounds):
         world.command(wire.DetachStorage)
-        world.command(wire.FlushCache)
+        if world.random.random() < 0.5:
+            world.command(wire.FlushCache)  # else the next store gets what is cached
         world.settle()
         world.fault_rate = fault_rate * 10
         world.command(wire.AttachStorage, **ATTACH, prefetch_policy=("timeout", "wait_complete")[seed % 2])

@@ -445,6 +445,7 @@ class World:
             assert rank.digests == first.digests, f"rank {rank.number} differs from the leader"
             assert rank.core.tiers.slot.face() is first.core.tiers.slot.face()
             assert not rank.core.commands.blockers(), rank.core.commands.blockers()
+            assert not rank.core.tiers.backup.line.entries(), "somebody waits to be written for ever"
             assert not rank.core.tiers.quarantine.pages
             answered = [a.id for a in rank.answers]
             assert sorted(answered) == sorted(self.commands), "a command was not answered exactly once"
