@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,10 +25,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-def scraped(server: Server) -> Scrape:
+def scraped_now(server: Server) -> Scrape:
     reply = server.http.get("/metrics")  # without a key
     assert reply.status_code == 200, reply.text
     return Scrape(reply.text)
+
+
+def scraped(server: Server) -> Scrape:
+    """With an answer of the rank: on a busy machine it may need more than the 1.5 s that it gets."""
+    for _ in range(20):
+        scrape = scraped_now(server)
+        if scrape.total("sglang_hicache:rank_up") == 1:
+            return scrape
+    raise AssertionError("the rank never answered")
 
 
 def detach(server: Server) -> None:
@@ -95,3 +106,20 @@ def test_the_way_of_a_prompt_through_the_tiers_is_counted(server: Server, tmp_pa
         assert grown("sglang_hicache:op_duration_seconds_count", kind=kind) > 0, kind
     assert grown("sglang:prefetch_pgs_sum", **file) == from_storage / 16
     assert grown("sglang:backup_pgs_count", **file) > 0
+
+
+def test_a_rank_that_hangs_is_down_and_its_counters_stay(server: Server) -> None:
+    before = scraped(server)
+    (rank,) = server.pids("scheduler rank 0")
+    os.kill(rank, signal.SIGSTOP)
+    try:
+        hung = scraped_now(server)
+    finally:
+        os.kill(rank, signal.SIGCONT)
+    assert hung.by("tp_rank", "sglang_hicache:rank_up") == {"0": 0}
+    gone = {name for name, _ in before.values.keys() - hung.values.keys()}
+    assert gone == {name for name, family in before.families.items() if family.type == "gauge"} - {
+        "sglang_hicache:rank_up"
+    }
+    assert hung.total("sglang_hicache:ticks_total") >= before.total("sglang_hicache:ticks_total") > 0
+    scraped(server).check_follows(before)
