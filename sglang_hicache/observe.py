@@ -226,12 +226,9 @@ def start_logging(speaker: str, config: LogConfig, secrets: Iterable[str] = ()) 
 
 
 #: Names among a backend's stats that say how much there is now, and may fall; all others only grow.
-LEVELS = frozenset(
-    {
-        "foreign_files", "free_bytes", "max_bytes", "negative_pages", "other_namespace_pages", "used_bytes",
-        "used_pages",
-    }
-)  # fmt: skip
+LEVELS = frozenset({
+    "foreign_files", "free_bytes", "max_bytes", "other_namespace_pages", "used_bytes", "used_pages",
+})  # fmt: skip
 
 
 class Counters:

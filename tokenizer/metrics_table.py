@@ -166,6 +166,7 @@ def rank_series() -> Iterator[Series]:
                      lambda v: v.answer.quarantined_pages))  # fmt: skip
     for name, meaning in (
         ("used_bytes", "Bytes that the store holds"), ("used_pages", "Pages of this namespace in the store"),
+        ("other_namespace_pages", "Pages of other namespaces in the store"),
         ("max_bytes", "Bytes that the store may hold"), ("free_bytes", "Bytes that are free on the store's disk"),
     ):  # fmt: skip
         yield each(gauge(f"{OWN}store_{name}", scope, f"{meaning}, as the rank sees it; 0: detached, or not known.",

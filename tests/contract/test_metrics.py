@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,11 @@ from sglang_hicache.cache import measures
 from sglang_hicache.cache.loss import Loss
 from sglang_hicache.config import CacheConfig
 from sglang_hicache.errors import STOP_CODES
+from sglang_hicache.observe import LEVELS
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.attachment_events import State
-from sglang_hicache.tokenizer.metrics_table import UNFULFILLED
+from sglang_hicache.storage.backend import OpenContext
+from sglang_hicache.tokenizer.metrics_table import PROCESS_COUNTERS, UNFULFILLED
 from tests.contract.fake_server import FakeServer, make_config
 from tests.house.source import ROOT
 from tests.processes.metrics_scrape import Scrape
@@ -182,6 +185,20 @@ def test_the_page_says_what_a_scrape_gives(server: FakeServer) -> None:
         told_by = {sample.labels["tp_rank"] for sample in family.samples}
         assert (kind, said, meaning) == (family.type, labels, family.documentation), family.name
         assert ranks == ("each" if told_by == {"0", "1"} else "0"), family.name
+
+
+def test_everything_that_a_storage_process_counts_is_told_or_is_a_level(tmp_path: Path) -> None:
+    """1. A backend counts something new. 2. It is in GET for whoever looks, and no alert can ever see it."""
+    names = set()
+    for backend, config in (("file", {"file_storage_path": str(tmp_path / "store")}), ("memory", {})):
+        _, settings = registry.validate_extra_config(backend, json.dumps(config))
+        opened = registry.create(backend, settings, OpenContext(rank=0, namespace="ab" * 32, page_bytes=64))
+        opened.open_blocking()
+        names |= opened.stats().keys()
+        opened.close_blocking()
+    for path in (ROOT / "sglang_hicache/storage").glob("*.py"):
+        names |= set(re.findall(r'counters\.add\("(\w+)"', path.read_text(encoding="utf-8")))
+    assert names - LEVELS == {name for name, _ in PROCESS_COUNTERS}
 
 
 def test_without_a_host_tier_its_gauges_are_not_there(model: Path) -> None:
