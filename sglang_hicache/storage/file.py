@@ -95,14 +95,30 @@ class FileBackend(StorageBackend):
 
     def open_blocking(self) -> None:
         try:
-            self._share.open_blocking()
-            if self._min_free_bytes is None:
-                disk = os.statvfs(self._root)
-                self._share.keep_free(default_min_free_bytes(disk.f_blocks * disk.f_frsize))
+            self._join()
+            disk = os.statvfs(self._root)
             sweep(self._root / TMP)
         except OSError as error:
             raise _fault(f"cannot use {self._root} as storage folder", error) from error
+        disk_bytes = disk.f_blocks * disk.f_frsize
+        if self._min_free_bytes is None:
+            self._share.keep_free(default_min_free_bytes(disk_bytes))
+        elif self._min_free_bytes >= disk_bytes > 0:
+            raise StorageError(
+                f"min_free_space={size_text(self._min_free_bytes)} is all of the disk, which has "
+                f"{size_text(disk_bytes)}; give less",
+                "refused",
+            )
         self._evictor.start()
+
+    def _join(self) -> None:
+        """Take part in the store.  On a disk that is full to the last block pages can be read all the same."""
+        try:
+            self._share.open_blocking()
+        except OSError as error:
+            if error.errno not in _NO_SPACE or not (self._root / TMP).is_dir():
+                raise
+            _logger.warning("file store %s: nothing can be written now: %s", self._root, error)
 
     def exists_blocking(self, names: Sequence[PageName]) -> int:
         for index, name in enumerate(names):
@@ -305,8 +321,6 @@ class FileBackend(StorageBackend):
 
     def _write_new(self, page: OutgoingPage, path: str) -> None:
         temporary = self._share.temporary_path()
-        if temporary is None:
-            raise StorageError("the file backend is not open", "contract")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             try:

@@ -34,10 +34,10 @@ _logger = logging.getLogger(__name__)
 #: How often the thread looks around when nobody wakes it.
 TICK_S = 1.0
 
-#: How often it looks for changes that no lease tells of: files that somebody else has deleted.
+#: How often it looks for what no lease tells of: files that somebody else has deleted.
 _RECOUNT_S = 600.0
 
-#: After a count that others wrote into, this many times as long as it took until the next one.
+#: While pages are being written, this many times as long as a count takes until the next one.
 _COUNT_REST = 100
 
 #: Pages past their time are looked for this often, more often where their time is short.
@@ -71,7 +71,8 @@ class Evictor:
         self._leases: dict[str, Lease] = {}
         self._published: Usage | None = None
         self._counted_s = self._expired_s = 0.0
-        self._recount_s = _RECOUNT_S
+        #: What went wrong in the last tick, so that it is said once and not every second.
+        self._complaint = ""
         #: After a search that found nothing to delete: writers that are refused would have it repeated at once.
         self._rests_until_s = 0.0
         #: How long the last count took.
@@ -111,13 +112,17 @@ class Evictor:
             self._give_up_lock()
 
     def _tick_or_say_why_not(self) -> None:
+        complaint = ""
         try:
             self.tick_blocking()
         except _Stopping:
             return
         except OSError as error:
             # A disk that fails, a folder that somebody deletes: the store serves on, and the next tick tries again.
-            _logger.warning("file store %s: cannot keep it within its limit: %s", self._share.root, error)
+            complaint = str(error)
+            if complaint != self._complaint:
+                _logger.warning("file store %s: cannot keep it within its limit: %s", self._share.root, error)
+        self._complaint = complaint
 
     def tick_blocking(self) -> None:
         """Look around once, and do what is to be done."""
@@ -130,13 +135,13 @@ class Evictor:
             if self._usage is not None:
                 self._learn_limit(self._usage)
             return
-        vanished = self._count_leases()
+        has_lost_one = self._count_leases()
         now_s = self._clock()
-        if self._usage is None or vanished or _is_over(now_s, self._counted_s, self._recount_s):
+        if self._usage is None or has_lost_one or _is_over(now_s, self._counted_s, self._rest_s(self._usage)):
             self._count()
         assert self._usage is not None
         self._learn_limit(self._usage)
-        ttl_s = min((lease.ttl_s for lease in self._leases.values() if lease.ttl_s), default=0)
+        ttl_s = min((lease.ttl_s for lease in self._users() if lease.ttl_s), default=0)
         is_expiry_due = ttl_s and _is_over(now_s, self._expired_s, min(_EXPIRY_S, ttl_s / 10))
         if is_expiry_due or self._excess():
             self._count()
@@ -190,9 +195,8 @@ class Evictor:
     def _count(self) -> None:
         """Bring the index up to date, and start the sum anew."""
         started_s = time.monotonic()
-        folder = self._share.root / TMP
-        self._leases = leases_blocking(folder)
-        # Read before the folders: a page written meanwhile may count twice until the next count, and never not at all.
+        self._leases = leases_blocking(self._share.root / TMP)
+        # Read before the folders: a page written meanwhile may count twice for a while, and never not at all.
         counted = {name: (lease.bytes, lease.files) for name, lease in self._leases.items()}
         self._index.refresh_blocking(self._breathe)
         self._counted_s = self._clock()
@@ -204,9 +208,16 @@ class Evictor:
             counted=counted,
         )
         self.count_s = time.monotonic() - started_s
-        # What was written meanwhile may have been counted twice: once more, as soon as it costs little.
-        is_exact = all(lease == self._leases.get(name) for name, lease in leases_blocking(folder).items())
-        self._recount_s = _RECOUNT_S if is_exact else max(TICK_S, _COUNT_REST * self.count_s)
+
+    def _rest_s(self, usage: Usage) -> float:
+        """How long the sum is good enough.  What was written during the count may be in it twice, and what is written
+        since shows in the leases: then it is time for another one as soon as that costs little."""
+        quiet = all((lease.bytes, lease.files) == usage.counted.get(name) for name, lease in self._leases.items())
+        return _RECOUNT_S if quiet else max(TICK_S, _COUNT_REST * self.count_s)
+
+    def _users(self) -> list[Lease]:
+        """All processes on this root.  On a full disk this one may have no lease to show."""
+        return [self._share.lease, *self._leases.values()]
 
     def _learn_limit(self, usage: Usage) -> None:
         """Once: how much the store may take, now that it is known how much it has."""
@@ -219,7 +230,7 @@ class Evictor:
             self.why = f"{DEFAULT_SHARE:.0%} of the {size_text(used + free)} that are free or its own"
         else:
             self.why = "max_size" if self._max_bytes else "max_size=0: only the disk limits it"
-        own = usage.files.get(share.namespace, 0)
+        own = usage.files.get(share.lease.namespace, 0)
         _logger.info(
             "file store %s: %d pages of this model, %d of others, %d files that are none of its pages, together %s; "
             "limit %s (%s), %s stay free on the disk; %s",
@@ -230,8 +241,8 @@ class Evictor:
 
     def _limits(self) -> Limits:
         """What holds for all processes on this root."""
-        caps = [lease.max_bytes for lease in self._leases.values() if lease.max_bytes]
-        page_bytes = max((lease.page_bytes for lease in self._leases.values()), default=0)
+        caps = [lease.max_bytes for lease in self._users() if lease.max_bytes]
+        page_bytes = max(lease.page_bytes for lease in self._users())
         return replace(self._share.limits, max_bytes=min(caps, default=0), page_bytes=page_bytes)
 
     def _excess(self) -> int:
@@ -245,7 +256,7 @@ class Evictor:
     def _evict(self, unused_since: int | None) -> None:
         """Delete what is past its time, and as much again as is too much."""
         excess = self._excess()
-        in_use = {lease.namespace for lease in self._leases.values()}
+        in_use = {lease.namespace for lease in self._users()}
         taken = 0
         for page, is_expired in self._index.catalogue.victims(in_use, unused_since, self._breathe):
             if excess <= 0 and not is_expired:

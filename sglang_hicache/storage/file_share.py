@@ -92,13 +92,15 @@ class Share:
         self._granted = 0
         self._looked_s = 0.0
         self._written_bytes = self._written_files = 0
+        self._usage = _NOTHING_COUNTED
+        self._leases: dict[str, Lease] = {}
         #: For whoever shows it; nothing is asked of the disk then.
         self.view = View()
 
     @property
-    def namespace(self) -> str:
-        """Whose pages this process uses."""
-        return self._lease.namespace
+    def lease(self) -> Lease:
+        """What this process says of itself, but for what it has written."""
+        return self._lease
 
     def open_blocking(self) -> None:
         """Take part.  Called again when somebody has deleted the folder."""
@@ -107,18 +109,21 @@ class Share:
             make_private(self.root)
             refuse_unsafe(self.root)
             make_private(self.root / TMP)
+            self._granted = 0
             self._temporary = TemporaryFolder.create(self.root / TMP, self._rank)
             self._tell()
-            self._granted = 0
 
     def close_blocking(self) -> None:
         """Take part no longer."""
         with self._lock:
             self._leave()
 
-    def temporary_path(self) -> str | None:
-        """Where to write a page that has no name yet; None if the store is not open."""
-        return self._temporary.next_path() if self._temporary is not None else None
+    def temporary_path(self) -> str:
+        """Where to write a page that has no name yet.  FileNotFoundError: there is no such place, and `open_blocking`
+        may make one."""
+        if self._temporary is None:
+            raise FileNotFoundError(errno.ENOENT, "no temporary folder")
+        return self._temporary.next_path()
 
     def claim(self, size_bytes: int) -> bool:
         """May a page of this size be written now?"""
@@ -215,14 +220,17 @@ class Share:
         self._tell()
         try:
             usage = self.usage_blocking() or _NOTHING_COUNTED
-            leases = leases_blocking(self.root / TMP)
+            if usage != self._usage:
+                self._usage, self._leases = usage, {}
+            # Whoever has left since the sum was published stands in no lease any more, and not yet in the sum.
+            self._leases |= leases_blocking(self.root / TMP)
             disk = os.statvfs(self.root)
         except FileNotFoundError:
             # Somebody has deleted the folder: the write itself finds out and makes it anew.
             self._granted = max(self._granted, wanted_bytes)
             return
-        used, free = usage.bytes_now(leases), disk.f_bavail * disk.f_frsize
-        files = usage.files_now(leases)
+        used, free = usage.bytes_now(self._leases), disk.f_bavail * disk.f_frsize
+        files = usage.files_now(self._leases)
         own = files.get(self._lease.namespace, 0)
         self.view = View(used, free, own, sum(files.values()) - own, usage.foreign_files)
         caps = [size for size in (self.limits.max_bytes, usage.max_bytes) if size]

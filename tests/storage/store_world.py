@@ -41,7 +41,7 @@ class House:
 
     def write(self, number: int, parent: int | None = None, depth: int = 0, age_s: int = 0) -> Path:
         """Store a page, as the backend would."""
-        path = put(self.root, number, parent, depth, age_s, self.share.namespace)
+        path = put(self.root, number, parent, depth, age_s, self.share.lease.namespace)
         self.share.changed(path.stat().st_size, 1)
         self.share.tell()
         return path

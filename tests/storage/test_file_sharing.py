@@ -31,17 +31,17 @@ class Crew:
         #: Children go on when they can read a byte here.
         self.go, self._say_go = os.pipe()
 
-    def start(self, work: Callable[[Any], dict[str, int]], rank: int, **config: Any) -> int:
-        """Fork; `work` gets the open backend, and what it returns is reported."""
+    def start(self, work: Callable[[Any], None], rank: int, **config: Any) -> int:
+        """Fork; `work` gets the open backend, and its numbers at the end are reported."""
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
             try:
                 backend = pages.backend("file", {"file_storage_path": str(self._root), **config}, rank)
                 backend.open_blocking()
-                report = work(backend)
+                work(backend)
                 backend.close_blocking()
-                os.write(writer, json.dumps(report).encode())
+                os.write(writer, json.dumps(backend.stats()).encode())
             finally:
                 os._exit(0)
         os.close(writer)
@@ -84,13 +84,12 @@ def crew(root: Path) -> Iterator[Crew]:
     made.close()
 
 
-def _write_all(backend: Any, rank: int) -> dict[str, int]:
+def _write_all(backend: Any, rank: int) -> None:
     """Write pages that nobody else writes, and wait for room where there is none."""
     store = pages.store(backend)
     for number in range(1, WRITTEN_PAGES + 1):
         keys, content = [pages.key(10_000 * (rank + 1) + number)], [pages.content(rank)]
         pages.wait_until(lambda k=keys, c=content: store.write_blocking(k, c, b"", 0).pages == 1, "there is room")
-    return backend.stats()
 
 
 def _is_locked(root: Path) -> bool:
@@ -129,9 +128,9 @@ def test_fm53_processes_on_one_folder_keep_one_limit(crew: Crew, root: Path, cou
 
 
 def test_fm53_another_process_evicts_when_the_one_that_did_is_killed(crew: Crew, root: Path) -> None:
-    def wait_then_write(backend: Any, rank: int) -> dict[str, int]:
+    def wait_then_write(backend: Any, rank: int) -> None:
         os.read(crew.go, 1)
-        return _write_all(backend, rank)
+        _write_all(backend, rank)
 
     first = crew.start(lambda backend: wait_then_write(backend, 0), 0, max_size=LIMIT_PAGES * PAGE)
     pages.wait_until(lambda: _is_locked(root), "the first one evicts")
@@ -146,16 +145,14 @@ def test_fm53_another_process_evicts_when_the_one_that_did_is_killed(crew: Crew,
 
 
 def test_what_a_killed_process_wrote_still_counts(crew: Crew, root: Path) -> None:
-    def write_and_stay(backend: Any) -> dict[str, int]:
+    def write_and_stay(backend: Any) -> None:
         store = pages.store(backend)
         assert store.write_blocking(pages.keys(50), [pages.content(1)] * 50, b"", 0).pages == 50
         os.read(crew.go, 1)
-        return {}
 
-    def watch(backend: Any) -> dict[str, int]:
+    def watch(backend: Any) -> None:
         os.read(crew.go, 1)
         pages.wait_until(lambda: backend.stats()["used_bytes"] == 50 * PAGE, "it counts what the dead wrote")
-        return backend.stats()
 
     crew.start(watch, 1)
     pages.wait_until(lambda: _is_locked(root), "it evicts")
