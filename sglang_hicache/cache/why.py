@@ -76,6 +76,11 @@ def _not_fetched(tiers: Tiers) -> Iterator[str]:
         f"fewer than {prefetcher.threshold_pages * tiers.page_size} tokens in a row (prefetch_threshold) are not "
         f"fetched: {short} tokens so far"
     )
+    if late := prefetcher.counters["deadline"]:
+        yield (
+            f"{late} tokens were not waited for so far: a look-up (--hicache-storage-lookup-timeout) or a read "
+            f"(prefetch policy {prefetcher.policy}) took too long"
+        )
     if host is not None and prefetcher.occupied_pages >= host.total * CAPACITY_SHARE:
         yield f"prefetches hold {prefetcher.occupied_pages} of {host.total} host pages, and may hold no more"
 

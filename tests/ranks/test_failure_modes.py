@@ -267,6 +267,7 @@ def test_fm45_the_timeout_policy_lets_the_request_go_at_its_deadline() -> None:
     assert core.tiers.prefetcher._by_rid["r0"].phase is PrefetchPhase.STOPPING
     tick(world)
     assert core.admission.running, "one tick after the deadline it runs"
+    assert any(f"{6 * PAGE} tokens were not waited for" in reason for reason in core.status.answer("q").why)
 
 
 def test_fm47_a_miss_takes_no_host_memory_and_counts_as_no_prefetch() -> None:
