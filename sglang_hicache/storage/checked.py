@@ -151,7 +151,8 @@ class CheckedStore:
         return self._count(self._backend.clear_blocking(self._layout.namespace), "clear", None)
 
     def self_test_blocking(self, rank: int) -> None:
-        """Write, find, read back, compare and delete one page that nobody else can mean."""
+        """Write, find, read back, compare and delete one page that nobody else can mean.  A store without room for it
+        passes: what it holds can be read, and room may come."""
         layout = PageLayout(
             self._layout.namespace, self._layout.head_start, self._layout.head_end, (Part("kv", _SELF_TEST_BYTES),)
         )
@@ -161,6 +162,9 @@ class CheckedStore:
         target = bytearray(_SELF_TEST_BYTES)
         _expect(own.lookup_blocking([key]), 0, "found a page that was never written")
         written = own.write_blocking([key], [memoryview(content)], b"", 0)
+        if written.reason.startswith("no_space"):
+            _logger.warning("attached without room to write: %s", written.reason)
+            return
         _expect(written.pages, 1, f"could not write ({written.reason})")
         _expect(own.lookup_blocking([key]), 1, "does not find the page it has just written")
         read = own.read_blocking([key], [memoryview(target)])

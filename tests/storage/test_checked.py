@@ -230,6 +230,13 @@ def test_fm43_self_test_refuses_a_store_whose_writes_are_never_found(
         pages.store(backend).self_test_blocking(rank=0)
 
 
+def test_a_store_without_room_passes_the_test(open_backend: Open, caplog: pytest.LogCaptureFixture) -> None:
+    """A disk that others have filled: what lies in the store can be read all the same."""
+    backend = open_backend("faulty", {"inner": "memory", "faults": {"write": {"kind": "no_space"}}})
+    pages.store(backend).self_test_blocking(rank=0)
+    assert "attached without room to write: no_space: " in caplog.text
+
+
 def test_self_test_leaves_nothing_behind(open_backend: Open) -> None:
     backend = open_backend("memory")
     pages.store(backend).self_test_blocking(rank=0)

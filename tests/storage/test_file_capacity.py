@@ -327,3 +327,28 @@ class TestCount:
         monkeypatch.setattr(house.evictor, "_evict", lambda unused_since: pytest.fail("searched again"))
         monkeypatch.setattr(file_evictor.time, "monotonic", lambda: 0.0)
         house.tick()
+
+    def test_what_stops_it_is_said_once_until_it_works_again(
+        self, start: Start, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        house = start()
+
+        def broken(*args: object) -> None:
+            raise OSError(5, "Input/output error")
+
+        for _ in range(2):
+            with monkeypatch.context() as patch:
+                patch.setattr(house.evictor, "tick_blocking", broken)
+                for _ in range(3):
+                    house.evictor._tick_or_say_why_not()
+            house.evictor._tick_or_say_why_not()
+        said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert said == [f"file store {root}: cannot keep it within its limit: [Errno 5] Input/output error"] * 2
+
+    def test_a_clock_that_is_set_back_stops_nothing(self, start: Start, root: Path) -> None:
+        house = start(ttl_s=1000)
+        house.tick()
+        house.now_s -= 10**6
+        put(root, 1, age_s=10**6 + 2000)
+        house.tick()
+        assert numbers(root) == []

@@ -15,6 +15,7 @@ import pytest
 from sglang_hicache.errors import StorageError
 from sglang_hicache.storage import file_quarantine
 from sglang_hicache.storage.checked import BatchResult
+from sglang_hicache.storage.file_folder import TemporaryFolder
 from sglang_hicache.storage.file_pages import QUARANTINE
 from tests.storage import pages
 from tests.storage.conftest import Open
@@ -121,6 +122,24 @@ def test_an_attach_to_a_full_store_passes_its_test(open_backend: Open, root: Pat
     pages.wait_until(lambda: _write(backend, 5000).pages == 1, "and there is room in it")
 
 
+def test_fm53_an_attach_to_a_disk_full_to_the_last_block_serves_reads(
+    open_backend: Open, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(_open(open_backend, root), 1, 3)
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TemporaryFolder, "create", full)
+        backend = _open(open_backend, root)
+        store = pages.store(backend)
+        store.self_test_blocking(0)
+        assert store.read_blocking(pages.keys(3), pages.empty(3)) == BatchResult(3)
+        assert _write(backend, 10).reason.startswith("no_space: ")
+    assert _write(backend, 10).pages == 1
+
+
 class TestFolderDeleted:
     @pytest.mark.parametrize("what", ["", "tmp", pages.NAMESPACE, "evictor.lock", "usage.json"])
     def test_it_heals_with_the_next_write(self, open_backend: Open, root: Path, what: str) -> None:
@@ -164,6 +183,11 @@ class TestRefusals:
     def test_a_limit_that_holds_not_one_page(self, root: Path) -> None:
         with pytest.raises(StorageError, match=f"max_size=4096 is less than one page of {PAGE} bytes"):
             pages.backend("file", {"file_storage_path": str(root), "max_size": 4096})
+
+    def test_a_disk_that_would_have_to_stay_empty(self, open_backend: Open, root: Path) -> None:
+        """Every page would go, now and for ever."""
+        with pytest.raises(StorageError, match="min_free_space=1024.0 TiB is all of the disk, which has"):
+            _open(open_backend, root, min_free_space="1PiB")
 
     def test_a_home_that_nobody_has(self) -> None:
         with pytest.raises(StorageError, match="name it in full"):
