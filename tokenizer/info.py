@@ -42,24 +42,35 @@ class InfoRoutes:
             log.warning("/get_server_info is deprecated; use /server_info")
         config = self._services.config
         live = await self._admin.live_status()
+        for rank in live["ranks"]:
+            self._learn(rank.get("model_path"), rank.get("weight_version"))
+        model_path, weight_version = self._weights
+        phase = self._services.lifecycle.phase.value
+        state = {
+            "world_size": config.tp_size, "phase": phase, "model_path": model_path, "weight_version": weight_version
+        }  # fmt: skip
         info = server_args(config) | {
             "max_total_num_tokens": config.pool.device_tokens,
             "max_req_input_len": self._services.intake.max_request_tokens - 1,
             "hicache_object_layout": None,
             "kv_events": None,
             "startup_time": self._started_s,
-            "internal_states": [live | {"world_size": config.tp_size, "phase": self._services.lifecycle.phase.value}],
+            "internal_states": [live | state],
             "version": __version__,
             "frontend": "python",
         }
         return JsonReply(info)
 
+    def _learn(self, model_path: str | None, weight_version: str | None) -> None:
+        if model_path and weight_version:
+            self._weights = model_path, weight_version
+
     async def model_info(self, request: Request) -> Response:
         """GET /model_info, and /get_model_info for older clients."""
         model = self._services.config.model
-        said = next((answer for answer in await self._services.desk.status() if answer and answer.model_path), None)
-        if said is not None:
-            self._weights = said.model_path, said.weight_version
+        for answer in await self._services.desk.status():
+            if answer is not None:
+                self._learn(answer.model_path, answer.weight_version)
         model_path, weight_version = self._weights
         facts = self._services.codec.model_config
         return JsonReply(

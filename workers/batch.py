@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from sglang_hicache.cache.pools import HostPool
-    from sglang_hicache.workers.staging import NextWeights
 
 #: Bytes of one element, by the name that ModelConfig.dtype uses.
 DTYPE_SIZES_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -96,6 +95,26 @@ class KVLayout:
         return elements * DTYPE_SIZES_BYTES[self.dtype]
 
 
+class NextWeights(Protocol):
+    """Other weights of the model that runs: none, being read, or ready to be taken."""
+
+    def stage(self, model_path: str, weights_digest: str) -> None:
+        """Begin to read this rank's share of them, beside those in use and on a thread of its own."""
+        ...
+
+    def outcome(self) -> str | None:
+        """None while they are being read, "" when they are ready, else why they cannot be taken."""
+        ...
+
+    def commit_blocking(self) -> None:
+        """Compute with them from the next forward on."""
+        ...
+
+    def drop(self) -> None:
+        """Forget them.  Harmless when there are none."""
+        ...
+
+
 class Worker(Protocol):
     """The hands of one rank, called by its scheduler on one thread, in this order: load, allocate, work, close.
 
@@ -109,7 +128,7 @@ class Worker(Protocol):
         ...
 
     @property
-    def next_weights(self) -> NextWeights[Any]:
+    def next_weights(self) -> NextWeights:
         """Other weights of the same model, to be taken while serving.  `layout` may name another class after that."""
         ...
 

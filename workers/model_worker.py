@@ -25,7 +25,7 @@ from sglang_hicache.workers.parallel import Numerics, TensorGroup, kv_share
 from sglang_hicache.workers.runner import ModelRunner
 from sglang_hicache.workers.sampler import sample
 from sglang_hicache.workers.selfcheck import self_check
-from sglang_hicache.workers.staging import NextWeights
+from sglang_hicache.workers.staging import StagedWeights
 from sglang_hicache.workers.transfer import CopyEngine, CpuCopyEngine, CudaCopyEngine, host_pages_of
 from sglang_hicache.workers.weights import load_model, read_weights, replace_weights
 
@@ -46,7 +46,7 @@ class ModelWorker:
         self._model: PreTrainedModel | None = None
         self._layout: KVLayout | None = None
         #: They wait in main memory: one more copy of this rank's share, until they are taken.
-        self.next_weights = NextWeights(self._read_next_blocking, self._take_next_blocking)
+        self.next_weights = StagedWeights(self._read_next_blocking, self._take_next_blocking)
         #: Set by `allocate`.
         self.runner: ModelRunner | None = None
         #: Set by `allocate` when there is a host pool.
@@ -147,7 +147,7 @@ class ModelWorker:
         weights = read_weights(path, model, check)
         # The digest becomes part of every page's name: a file that changed since it was made would poison the store.
         if weights_digest(path, default_cache_file()) != digest:
-            raise UserError(f"the weight files in {path} changed while they were read; update again once they are whole")
+            raise UserError(f"the weights in {path} changed while they were read; update again when they are whole")
         return weights
 
     def _take_next_blocking(self, weights: dict[str, torch.Tensor]) -> None:

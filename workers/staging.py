@@ -1,8 +1,9 @@
 """The weights that a rank is about to compute with: read on a thread of their own, while the rank goes on serving.
 
-Every worker has one `NextWeights`, made with two functions of the worker's: one that reads, called on the thread, and
-one that takes what was read, called on the scheduler's.  The thread touches nothing that serves.  It cannot be killed,
-so it asks between two pieces of its work whether anybody still wants the result.
+Every worker has one `StagedWeights` as its `next_weights` (`batch.py`), made with two functions of the worker's: one
+that reads, called on the thread, and one that takes what was read, called on the scheduler's.  The thread touches
+nothing that serves.  It cannot be killed, so it asks between two pieces of its work whether anybody still wants the
+result.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class _Reading(Generic[T]):
         self._is_dropped.set()
 
 
-class NextWeights(Generic[T]):
+class StagedWeights(Generic[T]):
     """Nothing, weights that are being read, or weights that are ready."""
 
     def __init__(self, read: Read[T], take: Callable[[T], None]) -> None:
@@ -52,7 +53,7 @@ class NextWeights(Generic[T]):
 
     def __repr__(self) -> str:
         state = "nothing" if self._reading is None else {None: "reading", "": "ready"}.get(self.outcome(), "failed")
-        return f"<NextWeights {state}>"
+        return f"<StagedWeights {state}>"
 
     def stage(self, model_path: str, weights_digest: str) -> None:
         """Begin to read this rank's share of other weights, beside those in use."""

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sglang_hicache.errors import IntegrityError
 from sglang_hicache.workers.batch import DUMMY_PAGE, ForwardBatch, ForwardRow, KVLayout, RowSampling
-from sglang_hicache.workers.staging import NextWeights
+from sglang_hicache.workers.staging import StagedWeights
 
 if TYPE_CHECKING:
     from sglang_hicache.cache.pools import HostPool
@@ -113,7 +113,7 @@ class SyntheticWorker:
         self._holds_copies = holds_copies
         self._architecture = json.dumps({"model": "synthetic", "seed": seed})
         #: These weights are a digest: there is nothing to read.
-        self.next_weights = NextWeights(lambda path, digest, check: digest, self._use_weights)
+        self.next_weights = StagedWeights(lambda path, digest, check: digest, self._use_weights)
         self._layout: KVLayout | None = None
         self._device_pages = 0
         self._device: dict[int, _DevicePage] = {}

@@ -126,7 +126,9 @@ def test_model_info_tells_the_present_weights_also_when_the_ranks_are_silent(ser
         info = server.call("GET", "/model_info").json()
         assert (info["model_path"], info["weight_version"]) == ("/new", "v2")
         server.answer_status = lambda rank: None
-    assert server.call("GET", "/server_info").json()["model_path"] == server.config.model.path
+    info = server.call("GET", "/server_info").json()
+    assert info["model_path"] == server.config.model.path, "the top level tells what the server was started with"
+    assert info["internal_states"][0]["model_path"] == "/new"
 
 
 def test_an_answer_names_the_weights_that_computed_it(server: FakeServer) -> None:

@@ -19,7 +19,7 @@ from sglang_hicache.scheduler.storage_driver import StorageDriver
 from sglang_hicache.scheduler.weights_driver import WeightsDriver
 from sglang_hicache.sockets import Poller, Pull, Push, ipc_address
 from sglang_hicache.workers.batch import KVLayout
-from sglang_hicache.workers.staging import NextWeights
+from sglang_hicache.workers.staging import StagedWeights
 from sglang_hicache.workers.synthetic import SyntheticWorker
 
 SHUTDOWN = wire.Shutdown(id="bye")
@@ -147,7 +147,7 @@ class WaitingWorker(SyntheticWorker):
         super().__init__()
         self.read = threading.Event()
         self._error = error
-        self.next_weights = NextWeights(self._read, self._use_weights)
+        self.next_weights = StagedWeights(self._read, self._use_weights)
 
     def _read(self, path: str, digest: str, check: Callable[[], None]) -> str:
         assert self.read.wait(60), "nobody let it go on"

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sglang_hicache.errors import IntegrityError
 from sglang_hicache.weights_digest import weights_digest
 from sglang_hicache.workers.model_worker import ModelWorker
-from sglang_hicache.workers.staging import NextWeights
+from sglang_hicache.workers.staging import StagedWeights
 from tests.unit.model.support import config_of, generate, greedy_batch, model_config, open_worker, prompts, save_model
 
 PATIENCE_S = 60.0
@@ -41,7 +41,7 @@ def stage(worker: ModelWorker, folder: Path, digest: str | None = None) -> str:
     return ended(worker.next_weights)
 
 
-def ended(next_weights: NextWeights[Any]) -> str:
+def ended(next_weights: StagedWeights[Any]) -> str:
     """Wait for the thread."""
     reading = next_weights._reading
     assert reading is not None
@@ -94,7 +94,7 @@ def test_a_file_that_is_cut_off_is_a_reason_and_no_crash(tmp_path: Path, llama_w
     assert ended(llama_worker.next_weights)
 
 
-class TestNextWeights:
+class TestStagedWeights:
     def test_a_drop_ends_the_thread_at_its_next_piece(self) -> None:
         begun, go_on, taken = threading.Event(), threading.Event(), []
         pieces: list[int] = []
@@ -107,7 +107,7 @@ class TestNextWeights:
                 pieces.append(piece)
             return digest
 
-        weights = NextWeights(read, taken.append)
+        weights = StagedWeights(read, taken.append)
         weights.stage("/new", "d")
         assert begun.wait(PATIENCE_S)
         assert weights.outcome() is None and "reading" in repr(weights)
@@ -120,7 +120,7 @@ class TestNextWeights:
 
     def test_the_latest_weights_count(self) -> None:
         taken: list[str] = []
-        weights = NextWeights(lambda path, digest, check: digest, taken.append)
+        weights = StagedWeights(lambda path, digest, check: digest, taken.append)
         weights.stage("/one", "d1")
         weights.stage("/two", "d2")
         assert ended(weights) == ""
@@ -132,7 +132,7 @@ class TestNextWeights:
             weights.commit_blocking()
 
     def test_close_waits_for_the_thread(self) -> None:
-        weights = NextWeights(lambda path, digest, check: digest, lambda digest: None)
+        weights = StagedWeights(lambda path, digest, check: digest, lambda digest: None)
         weights.stage("/one", "d1")
         weights.close_blocking()
         assert weights.outcome() is None
