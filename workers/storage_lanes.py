@@ -276,18 +276,6 @@ class Lane:
         if op.is_settled:
             self._guarded_blocking(op, op.after_blocking)
 
-    def step_blocking(self) -> bool:
-        """The next batch, on the caller's thread, in a lane that was not started; False if nothing waits.
-
-        For worlds that are played step by step, in which a thread of its own would choose the moment.
-        """
-        if not self._ops:
-            return False
-        op = self._next_blocking()
-        if op is not None:
-            self._step_blocking(op)
-        return op is not None
-
     def _next_blocking(self) -> Op | None:
         """The op whose batch is next: a look-up if one waits, else the oldest; None when the lane was stopped."""
         with self._changed:
