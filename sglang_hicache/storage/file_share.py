@@ -85,6 +85,7 @@ class Share:
         self.limits = limits
         self._rank = rank
         self._lease = lease
+        self._namespace = lease.namespace
         self._wake = wake
         self._lock = threading.Lock()
         self._temporary: TemporaryFolder | None = None
@@ -100,7 +101,7 @@ class Share:
     @property
     def lease(self) -> Lease:
         """What this process says of itself, but for what it has written."""
-        return self._lease
+        return self._lease._replace(namespace=self._namespace)
 
     def open_blocking(self) -> None:
         """Take part.  Called again when somebody has deleted the folder."""
@@ -158,9 +159,8 @@ class Share:
 
     def use_namespace(self, namespace: str) -> None:
         """From now on this process uses the pages of another model."""
-        with self._lock:
-            self._lease = self._lease._replace(namespace=namespace)
-            self._tell()
+        # Without the lock, because the main thread calls this and must not wait for a disk; told with the next look.
+        self._namespace = namespace
 
     def limit(self, max_bytes: int) -> None:
         """From now on this process lets the store take so much."""
@@ -231,7 +231,7 @@ class Share:
             return
         used, free = usage.bytes_now(self._leases), disk.f_bavail * disk.f_frsize
         files = usage.files_now(self._leases)
-        own = files.get(self._lease.namespace, 0)
+        own = files.get(self._namespace, 0)
         self.view = View(used, free, own, sum(files.values()) - own, usage.foreign_files)
         caps = [size for size in (self.limits.max_bytes, usage.max_bytes) if size]
         limits = replace(self.limits, max_bytes=min(caps, default=0))
@@ -244,7 +244,7 @@ class Share:
         if self._temporary is not None:
             # On a full disk even this may fail.  The next one says it all, and a count of the files knows it anyway.
             with contextlib.suppress(OSError):
-                self._temporary.tell(self._lease._replace(bytes=self._written_bytes, files=self._written_files))
+                self._temporary.tell(self.lease._replace(bytes=self._written_bytes, files=self._written_files))
 
     def _leave(self) -> None:
         if self._temporary is not None:

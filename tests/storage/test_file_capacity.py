@@ -125,6 +125,7 @@ class TestOrder:
         house.tick()
         assert numbers(root) == list(range(100, 110))
         neighbour.share.use_namespace("88" * 32)
+        neighbour.tick()
         for number in range(10):
             house.write(number, age_s=1000)
         house.tick()
