@@ -1,11 +1,16 @@
 """What a shared prefix costs from each tier, what determinism costs, and what a storage costs that never hits.
 
     python scripts/bench/bench_serving.py [--quick] [--tp 1 2] [--model-path DIR] [--json FILE]
+                                          [--only tiers|deterministic|misses|sick]
 
 Drives real servers over HTTP.  Every number stands beside a limit measured in the same run: a hit beside the same
 prompt computed from nothing (what the cache saves) and beside a prompt that is only as long as the part that no cache
 holds (what a hit can reach at best).  Comparisons of two servers ask them in turn, in alternating order, and give the
 median of the pairwise ratios with a 95 % bootstrap interval.
+
+"sick" asks for prompts that no tier has seen, on a server whose store takes 5 ms longer for every call, fails every
+call, or never answers one, and on a server without a store: time to first token, and whether the worst of it stayed
+within what the prefetch policy and the look-up deadline allow.
 """
 
 from __future__ import annotations
@@ -13,18 +18,29 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from served import Answer, Server, share_of_cores
+
+from sglang_hicache.storage.registry import ALLOW_FAULTY_ENV
 
 PAGE = 64
 #: States that a prefix can be in.  "restart" is storage again, read by a server that did not write it.
 TIERS = ("cold", "device", "host", "storage", "restart")
+
+#: What a sick store does, and the saboteur's word for it.
+SICK = {"takes 5 ms longer per call": "slow", "fails every call": "error", "never answers": "hang"}
+SLOW_MS = 5.0
+LOOKUP_S = 0.05
 
 
 class Sizes(NamedTuple):
@@ -188,18 +204,65 @@ def print_cost(what: str, cost: tuple[float, float, float], pairs: int) -> None:
     print(f"{what}: {median:+.1f} % (95 % interval {low:+.1f} to {high:+.1f} %, {pairs} interleaved pairs)")
 
 
+def sick_flags(store: Path, kind: str) -> list[str]:
+    """Flags for a store that passes its self-test, and from then on is slow, fails or hangs."""
+    fault = {"kind": SICK[kind], "delay_ms": SLOW_MS}
+    # Of the self-test: three look-ups, one read, one write.
+    faults = {"exists": fault | {"first": 3}, "read": fault | {"first": 1}, "write": fault | {"first": 1}}
+    config = {"inner": "file", "inner_config": {"file_storage_path": str(store)}, "faults": faults}
+    return [
+        "--enable-hierarchical-cache",
+        *("--hicache-storage-backend", "faulty", "--hicache-storage-backend-extra-config", json.dumps(config)),
+        *("--hicache-storage-prefetch-policy", "timeout", "--hicache-storage-lookup-timeout", str(LOOKUP_S)),
+        # A store that hangs is otherwise detached after half a minute: then it would cost nothing.
+        *("--hicache-storage-op-timeout", "3600"),
+    ]
+
+
+def measure_sick(folder: Path, common: list[str], kind: str, sizes: Sizes) -> dict[str, float]:
+    """Time to first token with a sick store, against none."""
+    tokens = sizes.prefix_tokens // 2
+    common = [*common, "--page-size", str(PAGE), "--max-total-tokens", "65536"]
+    first_token_s: dict[Server, list[float]] = {}
+    with two_servers(folder, common, sick_flags(folder / "pages", kind)) as (plain, sick):
+
+        def ask(server: Server, pair: int) -> float:
+            answer = server.ask(Prompts(2000 + pair).take(tokens), 1)
+            if pair >= 0:
+                first_token_s.setdefault(server, []).append(answer.first_token_s)
+            return answer.first_token_s
+
+        ratio, low, high = bootstrap(compare(plain, sick, ask, sizes.pairs))
+        worst_s = max(with_s - without_s for without_s, with_s in zip(first_token_s[plain], first_token_s[sick]))
+    # The default of the policy `timeout`: 1 s and 0.25 s per 1,024 tokens.
+    bound_s = LOOKUP_S + 1.0 + 0.25 * tokens / 1024
+    return {"ratio": ratio, "low": low, "high": high, "worst_ms": 1e3 * worst_s, "bound_ms": 1e3 * bound_s}
+
+
+def print_sick(kind: str, found: dict[str, float], pairs: int) -> None:
+    """One store on one line; a request that fails ends the benchmark before this."""
+    ratio, low, high = ((found[name] - 1) * 100 for name in ("ratio", "low", "high"))
+    verdict = "held" if found["worst_ms"] <= found["bound_ms"] else "broken"
+    print(
+        f"first token at 100 % misses with a store that {kind}, against none, TP 1: {ratio:+.1f} % (95 % interval "
+        f"{low:+.1f} to {high:+.1f} %, {pairs} interleaved pairs), at worst {found['worst_ms']:+.0f} ms; "
+        f"bound {found['bound_ms']:.0f} ms {verdict}, no request failed"
+    )
+
+
 def main() -> None:
     """Runs what was asked for and prints it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few rounds: shows that it works, not how fast")
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2], help="tensor-parallel sizes (default: 1 2)")
     parser.add_argument("--model-path", help="default: the built-in model")
-    parser.add_argument("--only", choices=("tiers", "deterministic", "misses"), help="one part of it")
+    parser.add_argument("--only", choices=("tiers", "deterministic", "misses", "sick"), help="one part of it")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     arguments = parser.parse_args()
     sizes = QUICK if arguments.quick else FULL
     flags = ["--log-level", "warning", *(["--model-path", arguments.model_path] if arguments.model_path else [])]
-    parts = [arguments.only] if arguments.only else ["tiers", "deterministic", "misses"]
+    parts = [arguments.only] if arguments.only else ["tiers", "deterministic", "misses", "sick"]
+    os.environ[ALLOW_FAULTY_ENV] = "1"
     results: dict[str, object] = {"cores": share_of_cores(), "sizes": sizes._asdict()}
 
     print(f"{share_of_cores()} cores, page size {PAGE}, times as a client sees them")
@@ -218,6 +281,10 @@ def main() -> None:
             cost = measure_cost(folder / "misses", flags, hierarchical(folder / "misses" / "pages"), sizes)
             results["misses_cost"] = cost
             print_cost("three tiers at 100 % misses against none but the device, TP 1", cost, sizes.pairs)
+        for kind in SICK if "sick" in parts else ():
+            found = measure_sick(folder / kind.replace(" ", "_"), flags, kind, sizes)
+            results[f"sick_{kind}"] = found
+            print_sick(kind, found, sizes.pairs)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 

@@ -1,6 +1,7 @@
 """Speed of the file storage through a real storage process, beside plain files on the same file system.
 
     python scripts/bench/bench_storage.py [--folder DIR] [--total-mib N] [--rounds N] [--fsync none|data|full]
+                                          [--only plain|care]
 
 For each page size the same bytes go to the same number of files twice: by the storage process (headers, checksums,
 rename to the final name; ops of 64 pages, as many in line as there are), and by the plainest loop there is (open,
@@ -8,13 +9,17 @@ write, fsync if asked for, close; open, read into the same memory, close).  Both
 alternating order, and a side's files are deleted before the other side starts.  What is printed is the median of the
 rounds' ratios with the quartiles, and the median speeds.  The first round warms page tables and is not counted.  Reads
 come from the page cache.
+
+The second table does the same with what a store takes care of, against the file store without it: encryption, a limit
+that is always reached (every page of a round is new, those of earlier rounds are evicted while it is written), and
+pages of which one in ten fails once (against the same saboteur, idle).  "At once" is the share of pages that were
+stored, or found, at the first offer; the time is that until all of them were.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import secrets
 import shutil
 import statistics
 import sys
@@ -22,18 +27,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import msgspec
+from stored import Stored
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sglang_hicache import wire
 from sglang_hicache.cache.pools import HostPool
-from sglang_hicache.sockets import Poller
-from sglang_hicache.workers.storage_client import StorageClient
+from sglang_hicache.storage.registry import ALLOW_FAULTY_ENV
 
 PAGE_SIZES = (64 * 1024, 1024 * 1024, 8 * 1024 * 1024)
-OP_PAGES = 64
+#: Page size of the second table.
+CARE_PAGE_BYTES = 1024 * 1024
+#: The case whose store is never cleared.
+FULL = "always full"
 AIMS = {"read": 0.75, "write": 0.70}
 GIB = 2**30
 
@@ -67,106 +74,41 @@ class Plain:
         shutil.rmtree(self._folder)
 
 
-class Stored:
-    """The same pages through a storage process."""
-
-    def __init__(self, folder: Path, run_dir: Path, pool: HostPool, fsync: str) -> None:
-        config = msgspec.json.encode({"file_storage_path": str(folder), "fsync": fsync}).decode()
-        opened = wire.OpenBackend(
-            rank=0, epoch=1, backend="file", extra_config_json=config, namespace=secrets.token_hex(32), head_start=0,
-            head_end=1, writes=True, page_bytes=pool.page_bytes, host_pages=pool.pages, log_level="warning",
-        )  # fmt: skip
-        self._pool = pool
-        self._keys = [secrets.token_bytes(32) for _ in range(pool.pages)]
-        self._client = StorageClient(opened, pool.fd, str(run_dir))
-        self._poller = Poller()
-        for thing in self._client.fds():
-            self._poller.register(thing)
-        self._next_op = 0
-        self._until(lambda message: isinstance(message, wire.BackendOpened))
-
-    def write(self) -> None:
-        self._transfer(
-            lambda op_id, span: wire.WritePages(
-                op_id=op_id,
-                keys=self._keys[span],
-                host_pages=list(range(span.start, span.stop)),
-                parent=self._keys[span.start - 1] if span.start else b"",
-                depth=span.start,
-            )
-        )
-
-    def read(self) -> None:
-        self._transfer(
-            lambda op_id, span: wire.ReadPages(
-                op_id=op_id, keys=self._keys[span], host_pages=list(range(span.start, span.stop))
-            )
-        )
-
-    def clear(self) -> None:
-        self._client.send(wire.ClearPages(command_id="clear"))
-        self._until(lambda message: isinstance(message, wire.ClearDone))
-
-    def close(self) -> None:
-        self._client.stop()
-        while self._client.reap() is None:
-            self._poller.wait(100)
-        self._client.close()
-
-    def _transfer(self, make: Callable[[int, slice], wire.ToStorage]) -> None:
-        """Send every op at once and wait for all of them."""
-        open_ops = {}
-        for start in range(0, self._pool.pages, OP_PAGES):
-            self._next_op += 1
-            span = slice(start, min(start + OP_PAGES, self._pool.pages))
-            open_ops[self._next_op] = span.stop - span.start
-            self._client.send(make(self._next_op, span))
-
-        def is_last(message: wire.FromStorage) -> bool:
-            if isinstance(message, wire.OpProgress) and message.closed:
-                if message.pages != open_ops.pop(message.op_id):
-                    raise SystemExit(f"an op stopped short: {message}")
-            return not open_ops
-
-        self._until(is_last)
-
-    def _until(self, is_over: Callable[[wire.FromStorage], bool]) -> None:
-        while True:
-            self._poller.wait(None)
-            # Every message is looked at, also behind the last one: it is counted by being looked at.
-            verdicts = [is_over(message) for message in self._client.receive()]
-            if any(verdicts):
-                return
-            if self._client.exited():
-                raise SystemExit("the storage process ended")
-
-
-def timed(work: Callable[[], None]) -> float:
-    """Seconds that it takes."""
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that it takes, and what it gives."""
     start_s = time.perf_counter()
-    work()
-    return time.perf_counter() - start_s
+    result = work()
+    return time.perf_counter() - start_s, result
+
+
+def new_pool(page_bytes: int, total_bytes: int) -> HostPool:
+    """Host memory with something in it."""
+    pool = HostPool(total_bytes // page_bytes, page_bytes)
+    block = os.urandom(page_bytes)
+    for page in range(pool.pages):
+        pool.page(page)[:] = block
+    return pool
 
 
 def measure(folder: Path, page_bytes: int, total_bytes: int, rounds: int, fsync: str) -> None:
     """Print two rows: write and read of one page size."""
     seconds: dict[tuple[str, str], list[float]] = {}
-    with HostPool(total_bytes // page_bytes, page_bytes) as pool:
-        block = os.urandom(page_bytes)
-        for page in range(pool.pages):
-            pool.page(page)[:] = block
+    with new_pool(page_bytes, total_bytes) as pool:
         plain = Plain(folder / "plain", pool, fsync)
-        stored = Stored(folder / "stored", folder, pool, fsync)
+        config = {"file_storage_path": str(folder / "stored"), "fsync": fsync, "max_size": 0, "min_free_space": 0}
+        stored = Stored(folder, pool, "file", config)
         for number in range(rounds + 1):
             sides = [("plain", plain), ("stored", stored)]
             for name, side in sides if number % 2 else reversed(sides):
                 # Cleared before the other side starts, so that both write into the memory that the last one gave back:
                 # memory that the machine has never touched is slower by far.
-                spent_s = {"write": timed(side.write), "read": timed(side.read)}
+                for kind, work in (("write", side.write), ("read", side.read)):
+                    spent_s, share = timed(work)
+                    if share not in (None, 1.0):
+                        raise SystemExit(f"only {share:.3f} of the pages went through a {kind}")
+                    if number:
+                        seconds.setdefault((kind, name), []).append(spent_s)
                 side.clear()
-                if number:
-                    for kind, value_s in spent_s.items():
-                        seconds.setdefault((kind, name), []).append(value_s)
         stored.close()
     for kind in ("write", "read"):
         print_row(kind, page_bytes, total_bytes, seconds[kind, "plain"], seconds[kind, "stored"])
@@ -184,6 +126,61 @@ def print_row(kind: str, page_bytes: int, total_bytes: int, plain_s: list[float]
     )
 
 
+def cases(folder: Path, total_bytes: int, fsync: str) -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """Name to what it is compared with, backend and extra config."""
+    key = folder / "key"
+    key.touch(mode=0o600)
+    key.write_bytes(os.urandom(32))
+
+    def file(name: str, max_bytes: int = 0) -> dict[str, Any]:
+        path = str(folder / name)
+        return {"file_storage_path": path, "fsync": fsync, "max_size": max_bytes, "min_free_space": 0}
+
+    def sabotaged(name: str, share: float) -> dict[str, Any]:
+        fault = {"kind": "error", "share": share}
+        return {"inner": "file", "inner_config": file(name), "faults": {"read": fault, "write": fault}}
+
+    return {
+        "the file store": ("the file store", "file", file("bare")),
+        "encrypted": ("the file store", "file", file("encrypted") | {"encryption": {"key_file": str(key)}}),
+        FULL: ("the file store", "file", file("full", total_bytes * 3 // 2)),
+        "an idle saboteur": ("the file store", "faulty", sabotaged("idle", 0.0)),
+        "10 % of pages fail": ("an idle saboteur", "faulty", sabotaged("failing", 0.1)),
+    }
+
+
+def measure_care(folder: Path, total_bytes: int, rounds: int, fsync: str) -> None:
+    """Print the second table."""
+    seconds: dict[tuple[str, str], list[float]] = {}
+    shares: dict[tuple[str, str], list[float]] = {}
+    found = cases(folder, total_bytes, fsync)
+    with new_pool(CARE_PAGE_BYTES, total_bytes) as pool:
+        stores = {
+            name: Stored(folder, pool, backend, config, rank)
+            for rank, (name, (_, backend, config)) in enumerate(found.items())
+        }
+        for number in range(rounds + 1):
+            order = list(stores.items())
+            for name, store in order if number % 2 else reversed(order):
+                for kind, work in (("write", store.write), ("read", store.read)):
+                    spent_s, share = timed(work)
+                    if number:
+                        seconds.setdefault((kind, name), []).append(spent_s)
+                        shares.setdefault((kind, name), []).append(share)
+                # A full store keeps its pages: what comes next must be made room for.
+                store.rename() if name == FULL else store.clear()
+        for store in stores.values():
+            store.close()
+    print(f"\n| {CARE_PAGE_BYTES // 1024} KiB | direction | GiB/s | ratio (quartiles) | to | at once |")
+    print("|---|---|--:|--:|---|--:|")
+    for name, (base, _, _) in found.items():
+        for kind in ("write", "read"):
+            own_s, at_once = seconds[kind, name], statistics.fmean(shares[kind, name])
+            low, middle, high = statistics.quantiles([b / o for b, o in zip(seconds[kind, base], own_s)], n=4)
+            speed = total_bytes / GIB / statistics.median(own_s)
+            print(f"| {name} | {kind} | {speed:.2f} | {middle:.2f} ({low:.2f}-{high:.2f}) | {base} | {at_once:.4f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -194,13 +191,19 @@ def main() -> None:
         "--rounds", type=int, default=10, help="rounds that count; even, for either side to be first as often"
     )
     parser.add_argument("--fsync", choices=("none", "data", "full"), default="none")
+    parser.add_argument("--only", choices=("plain", "care"), help="one of the two tables")
     options = parser.parse_args()
+    os.environ[ALLOW_FAULTY_ENV] = "1"
     folder = Path(tempfile.mkdtemp(prefix="bench_storage_", dir=options.folder))
-    print("| page | direction | plain GiB/s | stored GiB/s | ratio (quartiles) | aim |")
-    print("|---|---|--:|--:|--:|---|")
+    total_bytes = options.total_mib * 2**20
     try:
-        for page_bytes in PAGE_SIZES:
-            measure(folder, page_bytes, options.total_mib * 2**20, options.rounds, options.fsync)
+        if options.only != "care":
+            print("| page | direction | plain GiB/s | stored GiB/s | ratio (quartiles) | aim |")
+            print("|---|---|--:|--:|--:|---|")
+            for page_bytes in PAGE_SIZES:
+                measure(folder, page_bytes, total_bytes, options.rounds, options.fsync)
+        if options.only != "plain":
+            measure_care(folder, total_bytes, options.rounds, options.fsync)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

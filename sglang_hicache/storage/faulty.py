@@ -133,12 +133,12 @@ class FaultyBackend(StorageBackend):
 
     def read_blocking(self, pages: Sequence[IncomingPage]) -> list[PageOutcome]:
         if self._hits_pages("read"):
-            return [self._read(page) for page in pages]
+            return _until_one_fails(self._read, pages)
         return self._sabotaged("read", lambda: self._inner.read_blocking(pages))
 
     def write_blocking(self, pages: Sequence[OutgoingPage]) -> list[PageOutcome]:
         if self._hits_pages("write"):
-            return [self._write(page) for page in pages]
+            return _until_one_fails(self._write, pages)
         return self._sabotaged("write", lambda: self._inner.write_blocking(pages))
 
     def delete_blocking(self, names: Sequence[PageName]) -> int:
@@ -269,6 +269,16 @@ class FaultyBackend(StorageBackend):
             case "duplicate":
                 stored = last
         return _only(self._inner.write_blocking([_Forged(page, stored)]))
+
+
+def _until_one_fails(call: Callable[[Any], PageOutcome], pages: Sequence[Any]) -> list[PageOutcome]:
+    """Page by page, and not behind one that failed: nobody would use what comes after it."""
+    outcomes: list[PageOutcome] = []
+    for page in pages:
+        outcomes.append(call(page))
+        if isinstance(outcomes[-1], StorageError):
+            break
+    return outcomes
 
 
 def _flip(stored: bytearray, fault: Fault, number: int) -> None:

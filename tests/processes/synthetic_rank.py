@@ -1,4 +1,4 @@
-"""A rank whose model is synthetic: everything else is real, storage process included.  Started by `synthetic_server.py`.
+"""A rank whose model is synthetic; everything else is real, storage process included.  See `synthetic_server.py`.
 
 Ready in a fifth of a second, because torch is never imported.
 """

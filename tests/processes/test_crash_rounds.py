@@ -106,7 +106,7 @@ class SyntheticRounds:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_rounds_with_the_synthetic_model(tmp_path: Path, seed: int) -> None:
+def test_fm38_fm55_rounds_with_the_synthetic_model(tmp_path: Path, seed: int) -> None:
     rounds = SyntheticRounds(tmp_path, seed)
     victims = [rounds.round() for _ in range(ROUNDS_PER_STORE)]
     rounds.close()
@@ -116,10 +116,8 @@ def test_rounds_with_the_synthetic_model(tmp_path: Path, seed: int) -> None:
 # ------------------------------------------------------------------------------------------- the real model
 
 EXACT = ("--enable-deterministic-inference", "--page-size", "16", "--chunked-prefill-size", "256")
-FIXED = tuple(
-    f"{start} " + "Each function returns a list of the names that are defined in the given namespace, sorted by name. " * 8
-    for start in ("First.", "Another one.", "At last.")
-)
+TEXT = "Each function returns a list of the names that are defined in the given namespace, sorted by name. "
+FIXED = tuple(f"{start} {8 * TEXT}" for start in ("First.", "Another one.", "At last."))
 NEW_TOKENS = 16
 #: Who dies in the rounds of the short form.
 SHORT = ("server", "storage", "rank", "storage", "server", "storage", "rank", "storage", "server", "rank")
@@ -267,12 +265,12 @@ def run_real(folder: Path, seed: int, victims: list[str]) -> None:
     assert rounds.caught > len(victims), "nobody died in the middle of anything"
 
 
-def test_ten_rounds_with_the_real_model(tmp_path: Path) -> None:
+def test_fm38_fm55_ten_rounds_with_the_real_model(tmp_path: Path) -> None:
     run_real(tmp_path, 0, list(SHORT))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(1, 9))
-def test_rounds_with_the_real_model(tmp_path: Path, seed: int) -> None:
+def test_many_rounds_with_the_real_model(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
     run_real(tmp_path, seed, [chance.choice(VICTIMS) for _ in range(ROUNDS_PER_STORE)])

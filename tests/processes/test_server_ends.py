@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import select
 import signal
 import ssl
@@ -13,7 +15,9 @@ from pathlib import Path
 
 import httpx
 
+from sglang_hicache.storage.registry import ALLOW_FAULTY_ENV
 from tests.processes.server import FAIL_S, ROOT, Server
+from tests.processes.store_scan import Scan
 
 FLAGS = ("--page-size", "16", "--enable-hierarchical-cache", "--max-total-tokens", "4096")
 PROMPT = "The function returns the first item of the list that is given as its argument. " * 8
@@ -46,7 +50,32 @@ def test_fm56_sigterm_finishes_requests_writes_backups_and_exits_0(tmp_path: Pat
         assert got[0]["meta_info"]["completion_tokens"] == 300
         assert server.finish() == 0, server.log
     assert not alive(pids)
-    assert sum(file.is_file() for file in store.rglob("*")) > 10, "the pages of the long answer were not written"
+    scan = Scan(store)
+    assert scan.pages() > 10, "the pages of the long answer were not written"
+    assert scan.temporary_folders() == 0
+
+
+def test_fm56_what_a_slow_store_does_not_take_in_time_is_reported(tmp_path: Path) -> None:
+    """More waits for the store than it can write before the drain is over: what it took is whole, the rest is told."""
+    store = tmp_path / "store"
+    slow = {"kind": "slow", "first": 1, "delay_ms": 1000}
+    flags = (*FLAGS, "--hicache-storage-drain-timeout", "0.5")
+    with Server(tmp_path / "a", *flags, env={ALLOW_FAULTY_ENV: "1"}) as server:
+        body = {"inner": "file", "inner_config": {"file_storage_path": str(store)}, "faults": {"write": slow}}
+        reply = server.admin(
+            "PUT", "/hicache/storage-backend",
+            json={"hicache_storage_backend": "faulty", "hicache_storage_backend_extra_config_json": json.dumps(body)},
+        )  # fmt: skip
+        assert reply.status_code == 200, reply.text
+        server.generate_all([f"{number}. {PROMPT}" for number in range(16)], max_new_tokens=1)
+        pids = server.pids(".")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.finish() == 0, server.log
+    assert not alive(pids)
+    told = r"storage detached: \d+ tokens were stored, ([1-9]\d*) were not \(.*(shutdown|detached) \d+"
+    assert re.search(told, server.log), server.log
+    Scan(store).pages()
+
 
 
 def test_a_rank_that_dies_takes_the_server_down_with_its_name(tmp_path: Path) -> None:

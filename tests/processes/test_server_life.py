@@ -99,7 +99,7 @@ def test_fm60_no_secret_in_any_reply_or_log(server: Server, tmp_path: Path) -> N
     assert ADMIN_KEY not in server.log
 
 
-def test_a_storage_process_killed_under_load_fails_nothing(server: Server, tmp_path: Path) -> None:
+def test_fm55_a_storage_process_killed_under_load_fails_nothing(server: Server, tmp_path: Path) -> None:
     """kill -9 while requests read from it and write to it: all ranks detach, everybody gets their text."""
     prompts = [PROMPT + f"Number {i}. " * 8 for i in range(8)]
     wanted = {prompt: server.generate(prompt)["output_ids"] for prompt in prompts}
