@@ -1,7 +1,8 @@
 """How much host memory this server may still take: the machine's, bounded by every control group above it.
 
-Used by the launcher alone, once, for all ranks together: N ranks that each look at the free memory and each take it
-is how a container is killed.  Reads files only; tests give it another root.
+Used once by the launcher, and by the tokenizer process before new weights are read, each time for all ranks together: N
+ranks that each look at the free memory and each take it is how a container is killed.  Reads files only; tests give it
+another root.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from sglang_hicache.errors import UserError
-from sglang_hicache.model_facts import model_directory, read_model_facts
+from sglang_hicache.host_memory import host_memory
+from sglang_hicache.model_facts import DTYPE_BYTES, ModelFacts, model_directory, read_model_facts
 from sglang_hicache.tokenizer.api import (
     UNSUPPORTED_UPDATE,
     MalformedBody,
@@ -76,8 +77,8 @@ class WeightsRoutes:
     def _check(body: UpdateWeightsBody) -> None:
         if not body.flush_cache:
             raise UserError(
-                "flush_cache=false is refused: what is cached was computed with the old weights, and would be served as "
-                "if the new ones had said it; leave it out or send true"
+                "flush_cache=false is refused: what is cached was computed with the old weights, and would be served "
+                "as if the new ones had said it; leave it out or send true"
             )
         refuse_unsupported(body, UNSUPPORTED_UPDATE)
         if body.weight_version is not None and not 0 < len(body.weight_version) <= LONGEST_NAME:
@@ -98,7 +99,19 @@ class WeightsRoutes:
             raise UserError(
                 f"{directory} does not fit the model that runs: {'; '.join(wrong)}; start a server of its own for it"
             )
+        self._check_memory(facts)
         return directory, weights_digest(directory, default_cache_file())
+
+    def _check_memory(self, facts: ModelFacts) -> None:
+        """Better a refusal than a rank that the kernel kills in the middle of reading."""
+        wider = DTYPE_BYTES[self._services.config.model.dtype] / DTYPE_BYTES.get(facts.dtype, 4)
+        needed_bytes, found = int(facts.weights_bytes * wider), host_memory()
+        if needed_bytes > found.available_bytes:
+            needed_gib, free_gib = needed_bytes / 2**30, found.available_bytes / 2**30
+            raise UserError(
+                f"the new weights are read into main memory beside those in use, which takes about {needed_gib:.1f} GiB, "
+                f"and {free_gib:.1f} GiB are free ({found.bound}); free some, or restart the server with the new model"
+            )
 
     async def _update(self, body: UpdateWeightsBody, directory: str, digest: str) -> Outcome:
         deadline_s = self._services.config.scheduler.weights_update_timeout_s

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from sglang_hicache import wire
+from sglang_hicache.host_memory import HostMemory
+from sglang_hicache.tokenizer import weights
 from sglang_hicache.tokenizer.services import Phase
 from sglang_hicache.weights_digest import weights_digest
 from tests.contract.fake_server import ADMIN, FakeServer
@@ -101,6 +103,13 @@ def test_a_path_that_is_no_model(server: FakeServer, tmp_path: Path) -> None:
     assert "nowhere" in refused(server, model_path="/nowhere/at/all")
     (tmp_path / "empty").mkdir()
     assert "config.json" in refused(server, model_path=str(tmp_path / "empty"))
+
+
+def test_more_than_memory_holds(server: FakeServer, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel would kill a rank in the middle, and that would stop the server."""
+    monkeypatch.setattr(weights, "host_memory", lambda: HostMemory(5, "a control group"))
+    message = refused(server, model_path=str(checkpoint))
+    assert "0.0 GiB are free (a control group)" in message and "restart" in message
 
 
 def test_malformed_bodies(server: FakeServer) -> None:
