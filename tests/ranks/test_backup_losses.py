@@ -30,6 +30,7 @@ from tests.ranks.backups import (
 )
 from tests.ranks.world import PAGE, World
 
+
 def stores_die(world: World) -> None:
     """Every storage process ends by itself."""
     for rank in world.ranks:

@@ -1,4 +1,4 @@
-"""Stores that fail now and then, for long, or for want of room: what is written in the end, and how often it is tried."""
+"""Stores that fail now and then, for long, or for want of room: what is written in the end, after how many tries."""
 
 from __future__ import annotations
 
@@ -243,6 +243,7 @@ def test_pages_that_a_read_brings_while_they_wait_are_stored() -> None:
     for length in (4, 8):
         world.submit(tokens[: length * PAGE + 1], max_new_tokens=1)
         ticks(world)
+    world.store |= warm_store(4)
     for rank in world.ranks:
         queue = rank.core.tiers.backup
         assert queue.line.fresh.pages == MAX_WRITES + 8

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from sglang_hicache import wire
+from sglang_hicache.cache.backup import BackupQueue
 from sglang_hicache.cache.controller import CacheController
 from sglang_hicache.cache.op import Op, OpKind
 from sglang_hicache.cache.prefetch import Prefetcher
@@ -94,9 +95,23 @@ def prefix_not_locked_before_eviction(patch: Patch) -> None:
     patch.setattr(RequestPages, "take", take)
 
 
+def evictions_that_nobody_tells_the_backup_of(patch: Patch) -> None:
+    patch.setattr(BackupQueue, "left_host", lambda self, node: None)
+
+
+def children_stored_before_their_parents(patch: Patch) -> None:
+    patch.setattr(BackupQueue, "_is_stored", lambda self, node: True)
+
+
+def splits_that_nobody_tells_the_backup_of(patch: Patch) -> None:
+    patch.setattr(BackupQueue, "divided", lambda self, upper, lower: None)
+
+
 MUTANTS: list[Callable[[Patch], None]] = [
     closed_by_one_rank, read_pages_freed_when_settled, published_before_it_was_read,
     device_not_locked_during_write_through, rank_decides_by_itself, prefix_not_locked_before_eviction,
+    evictions_that_nobody_tells_the_backup_of, children_stored_before_their_parents,
+    splits_that_nobody_tells_the_backup_of,
 ]
 
 

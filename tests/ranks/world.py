@@ -206,7 +206,8 @@ class PlayedStorage:
             assert content[0] == self.namespace, "a page is stored under the name of other weights"
             held = self.store.setdefault(self.key(message.keys[done]), content)
             assert held == content, "two contents under one key"
-            assert message.depth == 0 or self.rank.number < 0 or message.parent, "a child without its parent's key"
+            before = message.keys[done - 1] if done else message.parent
+            assert message.depth + done == 0 or self.key(before) in self.store, "a page is stored behind a hole"
         self.progress[message.op_id] = done + (not stop)
         self.fact(message.op_id, self.progress[message.op_id], stop, reason)
 
