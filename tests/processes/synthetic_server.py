@@ -32,11 +32,11 @@ PATIENCE_S = 60.0
 class SyntheticServer:
     """Started by the constructor, ready when it returns; `with` kills what is left."""
 
-    def __init__(self, folder: Path, store: Path, *, device_pages: int = 200, host_pages: int = 400) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], *, device_pages: int = 200, host_pages: int = 400) -> None:
         folder.mkdir(mode=0o700, parents=True)
         self._run_dir = folder / "run"
         self._run_dir.mkdir(mode=0o700)
-        self._store = store
+        self._extra_config = msgspec.json.encode(config).decode()
         self._log = folder / "log"
         self._ids = itertools.count(1)
         self._config = msgspec.structs.replace(
@@ -130,7 +130,7 @@ class SyntheticServer:
         while not holds():
             assert self.process.poll() is None, f"the rank died before: {what}\n{self.log()}"
             assert time.monotonic() < deadline, f"never: {what}\n{self.log()}"
-            self._hear_blocking(1.0)
+            self._hear_blocking(0.1)
 
     def _answer(self, message: wire.ToRank) -> Any:
         """Send something that is answered, and wait for the answer."""
@@ -189,10 +189,9 @@ class SyntheticServer:
     def attach(self) -> None:
         """Attach the file store."""
         self.quiesce()
-        config = msgspec.json.encode({"file_storage_path": str(self._store), "prefetch_threshold": PAGE}).decode()
         attach = wire.AttachStorage(
-            id=self._new_id(), deadline_s=PATIENCE_S, backend="file", extra_config_json=config
-        )  # fmt: skip
+            id=self._new_id(), deadline_s=PATIENCE_S, backend="file", extra_config_json=self._extra_config
+        )
         answer = self._answer(attach)
         assert answer.success, (answer.message, self.log())
 
