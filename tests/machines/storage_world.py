@@ -166,7 +166,7 @@ class PlayedProcess:
 class Server:
     """One rank with everything below it."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, store: MemorySettings) -> None:
         self.config = config
         self.now_us = 1
         self.worker = SyntheticWorker(holds_copies=True)
@@ -179,7 +179,7 @@ class Server:
         self.journal = Journal()
         self.free_pages = FreePages(self.pool, self.core.tiers.controller.host)
         context = OpenContext(rank=0, namespace=NAMESPACE, page_bytes=self.pool.page_bytes)
-        self.memory = KeptMemory(MemorySettings(), context)
+        self.memory = KeptMemory(store, context, lambda: self.now_us / 1e6)
         self.faults: dict[str, Fault] = {}
         self.processes: dict[int, PlayedProcess] = {}
         #: Prompts and seeds of their tenants, and what was produced so far.

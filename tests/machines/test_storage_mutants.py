@@ -156,21 +156,21 @@ def an_op_is_closed_without_the_slot(patch: Patch) -> None:
     patch.setattr(StorageOps, "close", close)
 
 
-def a_loss_is_counted_twice(patch: Patch) -> None:
-    real = Books.given_up
+def a_recovery_is_not_counted(patch: Patch) -> None:
+    real = Books._store
 
-    def given_up(self: Books, node: Node, reason: object) -> None:
+    def store(self: Books, node: Node, how: str) -> None:
         node.lost = None
-        real(self, node, reason)
+        real(self, node, how)
 
-    patch.setattr(Books, "given_up", given_up)
+    patch.setattr(Books, "_store", store)
 
 
 MUTANTS: list[Callable[[Patch], None]] = [
     an_unlock_is_skipped, pages_of_a_read_are_freed_twice, pages_are_freed_by_the_revoke, pages_are_freed_by_the_kill,
     ops_are_forgotten_at_the_reap, pages_are_published_before_they_were_read, half_a_node_under_a_copy_is_published,
     a_child_is_offered_before_its_parent, the_key_chain_starts_in_the_middle, marks_outlive_a_clear,
-    damage_is_not_noticed, an_op_is_closed_without_the_slot, a_loss_is_counted_twice,
+    damage_is_not_noticed, an_op_is_closed_without_the_slot, a_recovery_is_not_counted,
 ]  # fmt: skip
 
 
