@@ -109,7 +109,7 @@ class WeightsRoutes:
         if needed_bytes > found.available_bytes:
             needed_gib, free_gib = needed_bytes / 2**30, found.available_bytes / 2**30
             raise UserError(
-                f"the new weights are read into main memory beside those in use, which takes some {needed_gib:.1f} GiB, "
+                f"new weights are read into main memory beside those in use, which takes some {needed_gib:.1f} GiB, "
                 f"and {free_gib:.1f} GiB are free ({found.bound}); free some, or restart the server with the new model"
             )
 
