@@ -314,7 +314,7 @@ class TestKeysThatCannotBeRead:
         assert store.counters.get("present_pages") == 3
 
     def test_a_page_that_cannot_be_read_is_replaced_when_it_is_written(self, open_backend: Open) -> None:
-        backend, store, now_s = self._open(open_backend, {"read": {"kind": "error", "first": 1, "count": 2 * ATTEMPTS}})
+        backend, store, now_s = self._open(open_backend, {"read": {"kind": "error", "first": 1, "count": ATTEMPTS}})
         _write(store, 3)
         assert self._ask(store, 3) == 1
         now_s[0] += 2 * self.TTL_S
