@@ -12,6 +12,7 @@ import fcntl
 import itertools
 import os
 import pwd
+import re
 import secrets
 import shutil
 import stat
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import msgspec
 
 from sglang_hicache.errors import StorageError
+from sglang_hicache.storage.file_pages import EVICTOR_LOCK, NAMESPACE, QUARANTINE, TMP, USAGE, entries_blocking
 from sglang_hicache.storage.settings import FileSettings
 
 #: A default only: a folder named in the extra config wins over it.
@@ -36,6 +38,12 @@ _SETTING_ENVS = {
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
+#: Folders in `tmp/` that are ours.  A store may be attached at a folder that has a `tmp/` of its own, in which others
+#: keep what they work at.
+_TEMPORARY = re.compile(r"[0-9]+-[0-9a-f]{16}")
+
+#: Without O_NONBLOCK a named pipe in the lock's place would hold whoever looks.
+_LOOK_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK
 
 _LEASE = struct.Struct("<8s64sqqqqq")
 _LEASE_MAGIC = b"HICUSER\n"
@@ -171,14 +179,34 @@ def refuse_unsafe(root: Path) -> None:
                 f"somebody could put another folder in its place; run: chmod o-w {parent}",
                 "refused",
             )
+    _refuse_unsafe_inside(root)
+
+
+def _refuse_unsafe_inside(root: Path) -> None:
+    """What somebody put here while the root was open to others is theirs still, also after its mode was changed."""
+    for entry in entries_blocking(root):
+        if not NAMESPACE.fullmatch(entry.name) and entry.name not in (TMP, QUARANTINE, EVICTOR_LOCK, USAGE):
+            continue
+        found, complaint = entry.stat(follow_symlinks=False), ""
+        if entry.name in (TMP, QUARANTINE) and not stat.S_ISDIR(found.st_mode):
+            complaint = f"is no folder; remove it: rm {entry.path}"
+        elif entry.name in (EVICTOR_LOCK, USAGE) and not stat.S_ISREG(found.st_mode):
+            complaint = f"is no regular file; remove it: rm {entry.path}"
+        elif found.st_uid != os.geteuid():
+            complaint = f"belongs to user {found.st_uid}; remove it: rm -r {entry.path}"
+        elif found.st_mode & _OTHERS_WRITE and not stat.S_ISLNK(found.st_mode):
+            mode = stat.S_IMODE(found.st_mode)
+            complaint = f"can be written by others (mode {mode:o}); run: chmod -R go-w {entry.path}"
+        if complaint:
+            raise StorageError(f"storage folder {root} cannot be trusted: {entry.name} {complaint}", "refused")
 
 
 def leases_blocking(parent: Path) -> dict[str, Lease]:
     """What the processes on this root say of themselves, by the name of their folder; some may be dead."""
     leases = {}
-    for name in os.listdir(parent):
+    for name in filter(_TEMPORARY.fullmatch, os.listdir(parent)):
         try:
-            descriptor = os.open(parent / name / "lock", os.O_RDONLY | os.O_NOFOLLOW)
+            descriptor = os.open(parent / name / "lock", os.O_RDONLY | _LOOK_FLAGS)
         except OSError:
             # Not ours, swept by another process this moment, or just being made and without a lock yet.
             continue
@@ -193,9 +221,9 @@ def leases_blocking(parent: Path) -> dict[str, Lease]:
 
 def sweep(parent: Path) -> None:
     """Remove the temporary folders whose process is dead: nobody holds their lock."""
-    for folder in list(parent.iterdir()):
+    for folder in [path for path in parent.iterdir() if _TEMPORARY.fullmatch(path.name)]:
         try:
-            lock = os.open(folder / "lock", os.O_RDWR | os.O_NOFOLLOW)
+            lock = os.open(folder / "lock", os.O_RDWR | _LOOK_FLAGS)
         except OSError:
             # As above.
             continue

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from sglang_hicache.storage.capacity import Catalogue, Page
 from sglang_hicache.storage.file_pages import (
-    QUARANTINE,
     PageFile,
     PageFolder,
     entries_blocking,
@@ -26,6 +25,7 @@ from sglang_hicache.storage.file_pages import (
     page_path,
     read_header,
 )
+from sglang_hicache.storage.file_quarantine import kept_blocking
 from sglang_hicache.storage.page_format import HEADER_BYTES, PageName, parse_header
 
 #: A folder that changed so recently may change again without a new time: it is listed once more.
@@ -75,9 +75,7 @@ class FileIndex:
         self._listed = {path: when for path, when in self._listed.items() if path in paths}
         self._foreign = defaultdict(int, {path: n for path, n in self._foreign.items() if path in paths})
         self._foreign[str(self._root)] = len(beside)
-        self.quarantine_bytes = sum(
-            entry.stat(follow_symlinks=False).st_size for entry in entries_blocking(self._root / QUARANTINE)
-        )
+        self.quarantine_bytes = sum(size for _, size in kept_blocking(self._root))
 
     def doubt(self, page: Page) -> None:
         """Its files are not what they were; look at them anew next time."""

@@ -32,7 +32,8 @@ TMP, QUARANTINE, EVICTOR_LOCK, USAGE = OWN_NAMES = ("tmp", "quarantine", "evicto
 #: Gone, or a link, a folder, a pipe or a socket has taken the place meanwhile.
 _NO_FILE = (errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO)
 
-_NAMESPACE = re.compile(r"[0-9a-f]{64}")
+#: Name of a folder with the pages of one model.
+NAMESPACE = re.compile(r"[0-9a-f]{64}")
 _FAN_OUT = re.compile(r"[0-9a-f]{2}")
 _PAGE_FILE = re.compile(r"([0-9a-f]{64})\.([0-9]{1,9})-([0-9]{1,9})\.page")
 
@@ -73,7 +74,7 @@ def folders_blocking(root: Path, namespace: str = "", foreign: list[str] | None 
     """The folders below a root that may hold pages; what else lies beside them is added to `foreign`."""
     others = [] if foreign is None else foreign
     for space in sorted(entries_blocking(root), key=lambda entry: entry.name):
-        if not _NAMESPACE.fullmatch(space.name) or not _is_folder(space):
+        if not NAMESPACE.fullmatch(space.name) or not _is_folder(space):
             if space.name not in OWN_NAMES:
                 others.append(space.path)
         elif namespace in ("", space.name):

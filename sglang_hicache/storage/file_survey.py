@@ -31,6 +31,7 @@ from sglang_hicache.storage.file_pages import (
     page_path,
     read_header,
 )
+from sglang_hicache.storage.file_quarantine import kept_blocking
 from sglang_hicache.storage.page_format import (
     HEADER_BYTES,
     MAGIC,
@@ -143,8 +144,8 @@ def users_blocking(root: Path) -> int:
     """Storage processes that have the store open: each holds the lock of its temporary folder for as long."""
     living = 0
     for entry in entries_blocking(root / TMP):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            lock = os.open(f"{entry.path}/lock", os.O_RDONLY | os.O_NOFOLLOW)
+        with contextlib.suppress(OSError):  # gone, or no lock of ours
+            lock = os.open(f"{entry.path}/lock", READ_FLAGS)
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -255,14 +256,14 @@ class Doomed:
         for place in _places_blocking(root, selection.namespace, []):
             if place.file is not None and place.raw is not None and selection.has(header := parse_header(place.raw)):
                 doomed._add(place.file, header.depth if header is not None else _NO_DEPTH)
-        for entry in entries_blocking(root / QUARANTINE):
-            raw = read_header(entry.path)
+        for path, size_bytes in kept_blocking(root):
+            raw = read_header(path)
             header = parse_header(raw) if raw is not None else None
             is_meant = header is None or selection.namespace in ("", header.namespace)
             if raw is not None and is_meant and selection.has(header):
-                doomed._set_aside.append(entry.path)
+                doomed._set_aside.append(path)
                 doomed.files += 1
-                doomed.bytes += entry.stat(follow_symlinks=False).st_size
+                doomed.bytes += size_bytes
         return doomed
 
     def _add(self, file: PageFile, depth: int) -> None:

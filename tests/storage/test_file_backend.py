@@ -112,7 +112,7 @@ class TestTemporaryFiles:
     def test_what_the_dead_left_is_swept_and_what_the_living_use_is_not(self, open_backend: Open, root: Path) -> None:
         living = open_backend("file", {"file_storage_path": str(root)})
         (used,) = (root / "tmp").iterdir()
-        dead = root / "tmp" / "0-dead"
+        dead = root / "tmp" / "0-000000000000dead"
         dead.mkdir()
         (dead / "lock").touch()
         (dead / "17").write_bytes(b"half a page")
@@ -272,7 +272,7 @@ class TestTouch:
         backend, found = self._aged(open_backend, root, 1000)
         order: list[str] = []
         utime = os.utime
-        monkeypatch.setattr(os, "utime", lambda path, times: (order.append(Path(path).name), utime(path, times)))
+        monkeypatch.setattr(os, "utime", lambda path, *args, **_: (order.append(Path(path).name), utime(path, *args)))
         pages.store(backend).touch_blocking(pages.keys(3))
         assert order == [path.name for path in reversed(found)]
         assert all(time.time() - path.stat().st_mtime < 100 for path in found)

@@ -258,7 +258,8 @@ class TestNotOurs:
     def test_quarantine_counts_as_used(self, start: Start, root: Path) -> None:
         house = start()
         (root / QUARANTINE).mkdir()
-        (root / QUARANTINE / "bad").write_bytes(bytes(100))
+        (root / QUARANTINE / f"{'0' * 20}-{'5a' * 8}-{'00' * 32}.0-2.page").write_bytes(bytes(100))
+        (root / QUARANTINE / "somebody's").write_bytes(bytes(1000))
         put(root, 1)
         house.tick()
         assert house.share.view.used_bytes == PAGE + 100

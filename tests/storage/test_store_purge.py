@@ -111,7 +111,7 @@ class TestPurge:
     def test_what_the_dead_left_goes_and_what_the_living_write_stays(self, backend: Any, root: Path) -> None:
         write(backend, 1)
         (living,) = (root / "tmp").iterdir()
-        dead = root / "tmp" / "0-dead"
+        dead = root / "tmp" / "0-000000000000dead"
         dead.mkdir()
         (dead / "lock").touch()
         (dead / "3").write_bytes(b"half a page")
