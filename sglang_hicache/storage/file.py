@@ -19,6 +19,7 @@ import contextlib
 import errno
 import logging
 import os
+import stat
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,15 +33,8 @@ from sglang_hicache.storage.file_folder import Lease, make_private, storage_fold
 from sglang_hicache.storage.file_pages import READ_FLAGS, TMP, TOUCH_INTERVAL_S, read_header, walk_blocking
 from sglang_hicache.storage.file_quarantine import set_aside_blocking, trim_blocking
 from sglang_hicache.storage.file_share import Share
-from sglang_hicache.storage.page_format import (
-    CHUNK_BYTES,
-    HEADER_BYTES,
-    ROOT_PARENT,
-    WRITE_CHUNK_BYTES,
-    IncomingPage,
-    OutgoingPage,
-    PageName,
-)
+from sglang_hicache.storage.file_transfer import fill_blocking, pour_blocking, sync_folder_blocking
+from sglang_hicache.storage.page_format import HEADER_BYTES, ROOT_PARENT, IncomingPage, OutgoingPage, PageName
 from sglang_hicache.storage.settings import FileSettings
 
 _logger = logging.getLogger(__name__)
@@ -73,6 +67,8 @@ class FileBackend(StorageBackend):
         settings = with_environment(settings)
         self._root = storage_folder(settings.file_storage_path)
         self._prefix = f"{self._root}/"
+        #: Whoever else could write here once may have left pages; what they say is not what this model computed.
+        self._user = os.geteuid()
         self._fsync = settings.fsync
         self._min_free_bytes = settings.min_free_bytes()
         page_bytes, max_bytes = HEADER_BYTES + context.page_bytes, settings.max_bytes()
@@ -123,7 +119,8 @@ class FileBackend(StorageBackend):
     def exists_blocking(self, names: Sequence[PageName]) -> int:
         for index, name in enumerate(names):
             try:
-                os.stat(self._path(name), follow_symlinks=False)
+                if os.stat(self._path(name), follow_symlinks=False).st_uid != self._user:
+                    return index
             except FileNotFoundError:
                 return index
             except OSError as error:
@@ -186,10 +183,10 @@ class FileBackend(StorageBackend):
     def touch_blocking(self, names: Sequence[PageName]) -> None:
         now_s = time.time()
         try:
-            if now_s - os.stat(self._path(names[-1])).st_mtime < TOUCH_INTERVAL_S:
+            if now_s - os.stat(self._path(names[-1]), follow_symlinks=False).st_mtime < TOUCH_INTERVAL_S:
                 return
             for name in reversed(names):
-                os.utime(self._path(name), (now_s, now_s))
+                os.utime(self._path(name), (now_s, now_s), follow_symlinks=False)
         except FileNotFoundError:
             # Somebody cleared or evicted meanwhile; what is gone needs no longer life.
             return
@@ -201,16 +198,8 @@ class FileBackend(StorageBackend):
 
     def info(self) -> dict[str, str]:
         max_bytes, why = self._share.limits.max_bytes, self._evictor.why
-        return {
-            "path": str(self._root),
-            "fsync": self._fsync,
-            "max_size": size_text(max_bytes)
-            if max_bytes
-            else "the disk"
-            if why
-            else "known when all pages are counted",
-            "why": why,
-        }
+        max_size = size_text(max_bytes) if max_bytes else "no limit" if why else "known when all pages are counted"
+        return {"path": str(self._root), "fsync": self._fsync, "max_size": max_size, "why": why}
 
     def stats(self) -> dict[str, int]:
         view = self._share.view
@@ -243,6 +232,8 @@ class FileBackend(StorageBackend):
             size_bytes = os.stat(path, follow_symlinks=False).st_size
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise _fault("cannot delete a page", error) from error
         if not _unlink(path):
             return False
         self._share.changed(-size_bytes, -1)
@@ -266,7 +257,7 @@ class FileBackend(StorageBackend):
                 return PageResult.WRONG_SIZE
             return _fault(f"cannot open page {page.name}", error)
         try:
-            return PageResult.HIT if _fill(descriptor, page) else PageResult.WRONG_SIZE
+            return PageResult.HIT if fill_blocking(descriptor, page) else PageResult.WRONG_SIZE
         except OSError as error:
             if error.errno in _NO_FILE:
                 return PageResult.WRONG_SIZE
@@ -285,9 +276,9 @@ class FileBackend(StorageBackend):
             try:
                 self._write_new(page, path)
             except FileNotFoundError:
-                # Somebody has deleted the folder under us; what is in it is gone, but the next pages need a place.
-                _logger.warning("file store %s: the folder was deleted; it is made anew", self._root)
+                # Somebody has deleted the folder under us: what was in it is gone, and the next pages need a place.
                 self._share.open_blocking()
+                _logger.warning("file store %s: there was no folder to write in; it was made anew", self._root)
                 self._write_new(page, path)
         except OSError as error:
             if error.errno in _NO_SPACE:
@@ -303,11 +294,11 @@ class FileBackend(StorageBackend):
             found = os.stat(path, follow_symlinks=False)
         except FileNotFoundError:
             return False
-        if found.st_size != size_bytes:
+        if found.st_size != size_bytes or not stat.S_ISREG(found.st_mode) or found.st_uid != self._user:
             return False
         if time.time() - found.st_mtime >= TOUCH_INTERVAL_S:
             with contextlib.suppress(FileNotFoundError):
-                os.utime(path)
+                os.utime(path, follow_symlinks=False)
         return True
 
     def _touch_parent(self, page: OutgoingPage) -> None:
@@ -324,7 +315,7 @@ class FileBackend(StorageBackend):
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             try:
-                _pour(descriptor, page)
+                pour_blocking(descriptor, page)
                 if self._fsync == "data":
                     os.fdatasync(descriptor)
                 elif self._fsync == "full":
@@ -344,50 +335,7 @@ class FileBackend(StorageBackend):
             make_private(Path(path).parent)
             os.rename(temporary, path)
         if self._fsync == "full":
-            _sync_folder(Path(path).parent)
-
-
-def _fill(descriptor: int, page: IncomingPage) -> bool:
-    """Read header and payload; False if the file has another size."""
-    payload = page.payload
-    size = len(payload)
-    # One byte more than there should be: a file that is too long shows without a stat.
-    beyond = bytearray(1)
-    if size <= CHUNK_BYTES:
-        if os.preadv(descriptor, [page.header, payload, beyond], 0) != HEADER_BYTES + size:
-            return False
-        page.arrived(size)
-        return True
-    # The first piece is shorter by the header, so that all later reads are aligned in the file.
-    end = CHUNK_BYTES - HEADER_BYTES
-    if os.preadv(descriptor, [page.header, payload[:end]], 0) != CHUNK_BYTES:
-        return False
-    page.arrived(end)
-    while end < size:
-        start, end = end, min(end + CHUNK_BYTES, size)
-        tail = [beyond] if end == size else []
-        if os.preadv(descriptor, [payload[start:end], *tail], HEADER_BYTES + start) != end - start:
-            return False
-        page.arrived(end)
-    return True
-
-
-def _pour(descriptor: int, page: OutgoingPage) -> None:
-    """Write header and payload.  The header comes last, because it holds the hash of the rest."""
-    if len(page.payload) <= WRITE_CHUNK_BYTES:
-        _write_all(descriptor, [page.header(), page.payload], 0)
-        return
-    for start, chunk in page.chunks():
-        _write_all(descriptor, [chunk], HEADER_BYTES + start)
-    _write_all(descriptor, [page.header()], 0)
-
-
-def _write_all(descriptor: int, buffers: list[bytes | memoryview], offset: int) -> None:
-    wanted = sum(map(len, buffers))
-    written = os.pwritev(descriptor, buffers, offset)
-    if written != wanted:
-        # A regular file takes less than asked when the disk is full; asking again would only say so by errno.
-        raise OSError(errno.ENOSPC, f"only {written} of {wanted} bytes were taken")
+            sync_folder_blocking(Path(path).parent)
 
 
 def _unlink(path: str) -> bool:
@@ -399,14 +347,6 @@ def _unlink(path: str) -> bool:
     except OSError as error:
         raise _fault("cannot delete a page", error) from error
     return True
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fault(what: str, error: OSError) -> StorageError:
