@@ -60,9 +60,15 @@ class Commands:
         """What keeps this rank from being idle, by name."""
         return {name: count for name, count in (self._load() | self._tiers.blockers()).items() if count}
 
-    def _not_idle(self) -> str:
-        """The refusal's second half, or "" when idle.  The two counts that clients parse come first."""
+    def _not_idle(self, is_patient: bool = False) -> str:
+        """The refusal's second half, or "" when idle.  The two counts that clients parse come first.
+
+        Backups that a sick or full store has refused are no reason to refuse for whoever does not want to wait: they
+        may wait for minutes, every request brings new ones, and a detach is what helps against such a store.
+        """
         found = self.blockers()
+        if not is_patient and not self._tiers.writer.is_moving():
+            found.pop("queued-backups", None)
         if not found:
             return ""
         counts = {"queue-req": 0, "running-req": 0} | found
@@ -226,7 +232,7 @@ class Commands:
                     self._tiers.server_ends()
                     self._start_detach(command_id)
                 continue
-            blockers = self._not_idle()
+            blockers = self._not_idle(is_patient=not is_over)
             if blockers and not is_over:
                 continue
             if not blockers and not self._tiers.stop_uploads():

@@ -51,6 +51,11 @@ class BackupWriter:
         """A call of `pump` may start something."""
         return self._queue.has_news and not self._queue.is_held
 
+    def is_moving(self) -> bool:
+        """Fresh backups have their turn as soon as there is a place; else all of them wait for the clock, because the
+        store has refused them or what lies before them, or is full."""
+        return bool(self._line.fresh.line) and self.full.since_us is None
+
     def next_deadline_us(self) -> int | None:
         """When `pump` can start something although nothing has happened."""
         if self._storage.tag is None or self._queue.is_held:

@@ -10,6 +10,7 @@ from sglang_hicache import wire
 from sglang_hicache.cache.backup_pace import LONGEST_DELAY_US, MAX_ATTEMPTS, MAX_WRITES
 from sglang_hicache.cache.page import encode_tokens, page_keys
 from tests.ranks.backups import (
+    ATTACH,
     attach,
     books,
     computed,
@@ -99,6 +100,37 @@ def test_a_failure_costs_only_the_pages_behind_it() -> None:
     computed(world, prompt(1, 6))
     assert stored(world, prompt(1, 6)) == 6 and not lost(world)
     assert books(world).counters["failed"] == 2 * 2 * PAGE
+
+
+@pytest.mark.parametrize("reason", ["io", "no_space"])
+@pytest.mark.parametrize(
+    ("command", "loss"), [(wire.DetachStorage, "detached"), (wire.FlushCache, "flushed"), (wire.AttachStorage, "")]
+)
+def test_a_store_that_refuses_can_be_detached_although_requests_keep_coming(
+    reason: str, command: type, loss: str
+) -> None:
+    """1. Every write fails. 2. What waits for another attempt is an obligation. 3. The next request brings more of it
+    before the last one is given up, so that the sick store can never be detached."""
+    world = world_with_storage()
+    refuse_writes(world, lambda *_: reason)
+    for i in range(8):
+        world.submit(prompt(i, 2), max_new_tokens=1)
+    for _ in range(20):
+        ticks(world, 2)
+        for rank in world.ranks:
+            rank.storage[1].step()
+    commands = world.ranks[0].core.commands
+    assert commands.blockers() == {"queued-backups": len(world.ranks[0].core.tiers.backup)}
+    patient = world.command(wire.FlushCache, timeout_s=0.05) if command is wire.FlushCache else ""
+    if patient:
+        ticks(world, 2)
+        assert commands.blockers(), "who has time waits for the store to recover"
+    else:
+        patient = world.command(command, **(ATTACH if command is wire.AttachStorage else {}))
+    world.settle()
+    world.check()
+    assert world.answer(patient).success, world.answer(patient).message
+    assert set(lost(world)) == {loss} if loss else "detached" not in lost(world)
 
 
 class Disk:
