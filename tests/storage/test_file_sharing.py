@@ -18,6 +18,9 @@ import pytest
 from tests.storage import pages
 from tests.storage.store_world import PAGE, numbers, stored_bytes
 
+#: The children use nothing that a thread of this process might hold.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
 LIMIT_PAGES = 200
 WRITTEN_PAGES = 300
 
