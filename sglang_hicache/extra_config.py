@@ -16,7 +16,9 @@ from typing import Any
 from sglang_hicache.errors import UserError
 
 SUFFIXES = (".json", ".toml", ".yaml", ".yml")
-_DEEPEST_YAML = 50
+
+#: Whoever looks for secrets or checks types walks through the config, one call for each level.
+_DEEPEST = 50
 
 #: More than any extra config may have.
 LARGEST_FILE_BYTES = 256 * 1024
@@ -38,7 +40,22 @@ def extra_config_json(text: str | None, *, below: str | None = None) -> str | No
         source = "the extra config"
     if not isinstance(value, dict):
         raise UserError(f"{source} holds a {type(value).__name__}; an extra config is one object of names and values")
+    if _is_deep(value):
+        raise UserError(f"{source} is nested more than {_DEEPEST} deep, which is not supported here")
     return _parsed(source, lambda: json.dumps(value, allow_nan=False))
+
+
+def _is_deep(value: Any) -> bool:
+    """Level by level, so that no depth is too deep for this."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [
+            item
+            for holder in level
+            if isinstance(holder, (dict, list))
+            for item in (holder.values() if isinstance(holder, dict) else holder)
+        ]
+    return any(isinstance(item, (dict, list)) for item in level)
 
 
 def _permitted(path: Path, below: str | None) -> Path:
@@ -98,8 +115,8 @@ def _read(path: Path, below: str | None) -> Any:
                 raise UserError(f"{path} uses YAML aliases, which are not supported here")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             # Its time grows with the square of the depth: a file of brackets would hold the server for minutes.
-            if depth > _DEEPEST_YAML:
-                raise UserError(f"{path} is nested more than {_DEEPEST_YAML} deep, which is not supported here")
+            if depth > _DEEPEST:
+                raise UserError(f"{path} is nested more than {_DEEPEST} deep, which is not supported here")
         return yaml.safe_load(text)
     except (RecursionError, ValueError):
         raise UserError(
@@ -116,5 +133,7 @@ def _parsed(source: str, parse: Any) -> Any:
     """Run `parse`; what it refuses is the user's mistake (TypeError: a TOML date has no JSON form)."""
     try:
         return parse()
-    except (ValueError, TypeError, RecursionError) as error:
+    except RecursionError:
+        raise UserError(f"{source} is nested more than {_DEEPEST} deep, which is not supported here") from None
+    except (ValueError, TypeError) as error:
         raise UserError(f"{source} cannot be used: {error}; give one JSON object, or @file") from error

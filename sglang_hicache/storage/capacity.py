@@ -34,13 +34,17 @@ _STRIDE = 512
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]*)?)\s*([kmgtp]?)(i?)(b?)", re.IGNORECASE)
 _LARGEST_SIZE = 1 << 62
 
+#: A number of hundreds of digits is too large even to be compared with the largest one.
+_LONGEST_SIZE = 40
+
 
 def parse_size(value: int | str) -> int:
     """Bytes: a number, or a text such as "200GB" (10^9), "1.5TiB" or "512M" (powers of 1024).  ValueError if not."""
     allowed = 'bytes as a whole number, or a text such as "200GB" or "1.5TiB"'
-    match = _SIZE.fullmatch(str(value).strip())
+    text = str(value).strip()
+    match = _SIZE.fullmatch(text) if len(text) <= _LONGEST_SIZE else None
     if match is None or isinstance(value, bool):
-        raise ValueError(f"{value!r} is no size; it takes {allowed}")
+        raise ValueError(f"{value!r:.{_LONGEST_SIZE}} is no size; it takes {allowed}")
     number, letter, binary, unit = match.groups()
     # "G" alone is what du and dd mean by it; "GB" is what is printed on the disk.
     base = 1000 if unit and not binary else 1024

@@ -45,7 +45,25 @@ class TestSizes:
     def test_numbers_and_texts_are_bytes(self, value: int | str, size_bytes: int) -> None:
         assert parse_size(value) == size_bytes
 
-    @pytest.mark.parametrize("value", ["", "GB", "-1", -1, "1e9", "10 GBs", "1iB", "1,5GB", "lots", True, "9999999PiB"])
+    @pytest.mark.parametrize(
+        "value",
+        [
+            "",
+            "GB",
+            "-1",
+            -1,
+            "1e9",
+            "10 GBs",
+            "1iB",
+            "1,5GB",
+            "lots",
+            True,
+            "9999999PiB",
+            1 << 63,
+            "9" * 400,
+            "9" * 300 + "P",
+        ],
+    )
     def test_anything_else_is_refused_with_what_is_allowed(self, value: int | str) -> None:
         with pytest.raises(ValueError, match='is no size; it takes bytes as a whole number, or a text such as "200GB"'):
             parse_size(value)

@@ -38,6 +38,18 @@ def test_what_json_cannot_carry_is_refused(tmp_path, name, text):
         extra_config_json(f"@{tmp_path / name}")
 
 
+@pytest.mark.parametrize(("opening", "closing"), [('{"a":', "}"), ("[", "]")])
+def test_what_is_nested_too_deep_is_refused(tmp_path, opening, closing):
+    """JSON may go deeper than whoever walks through it later, looking for secrets."""
+    for depth in (60, 900, 100_000):
+        text = f'{{"a": {opening * depth}1{closing * depth}}}'
+        with pytest.raises(UserError, match="nested"):
+            extra_config_json(text)
+    (tmp_path / "c.toml").write_text(f"a = {'[' * 60}{']' * 60}")
+    with pytest.raises(UserError, match="nested"):
+        extra_config_json(f"@{tmp_path / 'c.toml'}")
+
+
 def test_http_reads_no_file_without_a_folder(tmp_path):
     (tmp_path / "c.json").write_text("{}")
     with pytest.raises(UserError, match="--hicache-config-dir"):
