@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from sglang_hicache import wire
 from sglang_hicache.errors import STOP_CODES, ProtocolError, UserError
 from sglang_hicache.observe import LEVELS, Counters
-from sglang_hicache.sockets import Poller
+from sglang_hicache.sockets import Poller, Pull
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.attachment_events import Kill, Spawn, Stop
 from sglang_hicache.workers.storage_client import StorageClient
@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 
 #: A process that has not ended this long after SIGKILL is in uninterruptible I/O; the leader must hear of it.
 REAP_TIMEOUT_US = 500_000
+
+#: Microseconds for which the last words of a process that has exited by itself, and not by a signal, are waited for.
+LAST_WORDS_US = 500_000
 
 #: Codes of ops that no process has seen.
 QUEUE_FULL, GONE = "queue_full", "gone"
@@ -80,6 +83,11 @@ class _Process:
     told: str = ""
     #: Clock at which patience with a killed process ends; None: not killed, or already told.
     reap_by_us: int | None = None
+    #: What the poller wakes for.
+    watched: list[Pull | int] = field(default_factory=list)
+    #: Once it has ended: exit status, and the clock until which its last words are waited for.
+    status: int | None = None
+    hear_until_us: int | None = None
     #: What did not fit into the socket and must not be lost: without its revokes a drain would wait for ops that
     #: nobody wants, and without its namespace the process would mistake the pages.  Nothing overtakes it.
     unsent: list[wire.RevokeOp | wire.UseNamespace] = field(default_factory=list)
@@ -132,7 +140,8 @@ class StorageDriver:
             self._tell("quiet", epoch)
             return
         self._processes[epoch] = process
-        for thing in process.client.fds():
+        process.watched = process.client.fds()
+        for thing in process.watched:
             self._poller.register(thing)
 
     def send(self, epoch: int, message: wire.ToStorage) -> None:
@@ -164,7 +173,9 @@ class StorageDriver:
         for epoch, process in list(self._processes.items()):
             self._hear(epoch, process)
             if process.client.exited():
-                self._ended(epoch, process)
+                self._hear(epoch, process)  # its last words may have come after the first look
+                if self._is_heard_out(process, now_us):
+                    self._ended(epoch, process)
             elif process.reap_by_us is not None and now_us >= process.reap_by_us:
                 process.reap_by_us = None
                 self._tell("reap_timeout", epoch, f"pid {process.client.pid} is in uninterruptible I/O")
@@ -215,10 +226,22 @@ class StorageDriver:
         level = logging.WARNING if is_news else logging.DEBUG
         log.log(level, "storage failed: %s", reason, extra={"op": message.op_id, "epoch": epoch})
 
+    def _is_heard_out(self, process: _Process, now_us: int) -> bool:
+        """Is nothing more to come?  A process that cannot open says why and exits; on a busy machine the exit is seen
+        before the words, which a thread of the socket library has yet to fetch.  Without them nobody knows why."""
+        process.status = process.client.reap()
+        if process.told or process.status is None or process.status < 0:
+            return True
+        if process.hear_until_us is None:
+            process.hear_until_us = now_us + LAST_WORDS_US
+            for thing in [thing for thing in process.watched if isinstance(thing, int)]:
+                self._poller.unregister(thing)  # the end has been seen; it would wake the loop again and again
+                process.watched.remove(thing)
+        return now_us >= process.hear_until_us
+
     def _ended(self, epoch: int, process: _Process) -> None:
-        self._hear(epoch, process)  # its last words may have come after the first look
-        status = process.client.reap()
-        for thing in process.client.fds():
+        status = process.status
+        for thing in process.watched:
             self._poller.unregister(thing)
         process.client.close()
         self._past.setdefault(process.backend, Counter()).update(process.counted())
@@ -256,7 +279,8 @@ class StorageDriver:
 
     def wake_at_us(self) -> int | None:
         """When the driver must look although nothing has arrived."""
-        return min((p.reap_by_us for p in self._processes.values() if p.reap_by_us is not None), default=None)
+        times = [time for p in self._processes.values() for time in (p.reap_by_us, p.hear_until_us) if time is not None]
+        return min(times, default=None)
 
     def info(self, epoch: int) -> dict[str, str]:
         """What the backend of an epoch says of itself."""

@@ -4,7 +4,7 @@ import pytest
 
 from sglang_hicache import wire
 from sglang_hicache.errors import ProtocolError, UserError
-from sglang_hicache.scheduler.storage_driver import ALL_PAGES, REAP_TIMEOUT_US
+from sglang_hicache.scheduler.storage_driver import ALL_PAGES, LAST_WORDS_US, REAP_TIMEOUT_US
 from sglang_hicache.storage.attachment_events import Kill, Spawn, Stop
 
 READ = wire.ReadPages(op_id=7, keys=[b"k"], host_pages=[0])
@@ -79,6 +79,7 @@ def test_a_store_that_fails_says_why_once_in_the_log_and_always_in_the_status(st
     facts(storage)
     assert storage.driver.failure(1) == "no_space: cannot write page 3"
     assert [record.getMessage() for record in caplog.records] == ["storage failed: no_space: cannot write page 2"]
+    storage.driver.carry_out(Stop(1), now_us=0)
     client.status = 0
     facts(storage)
     assert storage.driver.failure(1) == "", "the next attachment starts clean"
@@ -116,6 +117,28 @@ def test_an_op_for_a_process_that_is_gone_is_closed_at_zero_and_one_that_was_sen
     found = facts(storage)
     assert found.ops == {8: wire.OpFact(8, 0, True, True, "gone")}
     assert found.clears == [wire.ClearFact("c", "the storage process is gone")]
+
+
+def test_a_refusal_that_arrives_after_the_end_was_seen_is_told(storage):
+    """Its reason is what an operator needs; "exit code 1" helps nobody."""
+    client = spawn(storage)
+    client.status = 1
+    assert not facts(storage, now_us=1)
+    assert storage.driver.wake_at_us() == 1 + LAST_WORDS_US
+    client.said = [wire.BackendOpenFailed(epoch=1, reason="no such host")]
+    found = facts(storage, now_us=2)
+    assert kinds(found) == ["open_failed", "reaped", "quiet"]
+    assert found.storage[0].detail == "no such host"
+
+
+@pytest.mark.parametrize(("status", "waits"), [(0, True), (3, True), (-9, False)])
+def test_an_end_without_a_word_is_a_loss(storage, status, waits):
+    client = spawn(storage)
+    client.status = status
+    if waits:
+        assert not facts(storage, now_us=1) and not facts(storage, now_us=LAST_WORDS_US)
+    assert kinds(facts(storage, now_us=1 + LAST_WORDS_US)) == ["lost", "reaped", "quiet"]
+    assert storage.driver.wake_at_us() is None
 
 
 def test_last_words_are_heard_before_the_reap_is_told(storage):
@@ -213,6 +236,7 @@ def test_counters_of_a_backend_outlive_its_processes_and_levels_do_not(storage):
     assert storage.driver.totals() == {"memory": {"evicted_pages": 3}}
     # The next one opens while this one drains, and the last words of this one come with its end.
     spawn(storage, epoch=2).said = [wire.BackendStats(epoch=2, stats={"evicted_pages": 10, "used_bytes": 7})]
+    storage.driver.carry_out(Stop(1), now_us=0)
     client.said, client.status = [wire.BackendStats(epoch=1, stats={"evicted_pages": 4})], 0
     facts(storage)
     assert storage.driver.stats(1) == {}
