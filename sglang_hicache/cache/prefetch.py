@@ -21,7 +21,7 @@ from sglang_hicache.cache.backup import BackupQueue
 from sglang_hicache.cache.controller import CacheController
 from sglang_hicache.cache.op import Op, OpKind, OpPhase
 from sglang_hicache.cache.page import page_keys
-from sglang_hicache.cache.storage_ops import StorageOps
+from sglang_hicache.cache.storage_ops import UNASKED, StorageOps
 from sglang_hicache.cache.tree import Match, Node
 from sglang_hicache.storage.settings import PrefetchSettings
 
@@ -35,9 +35,6 @@ class PrefetchPhase(Enum):
     STOPPING = "stopping"  # revoked; the next plan says what counts
     OVER = "over"
 
-
-#: Codes that say nothing of the page at which an op stopped.
-UNASKED = ("revoked", "queue_full", "gone")
 
 #: Phases in which pages may still arrive.
 RUNNING = (PrefetchPhase.LOOKUP, PrefetchPhase.READ)

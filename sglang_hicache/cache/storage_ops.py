@@ -15,6 +15,9 @@ from sglang_hicache.storage.attachment_events import Admitted, Instruction, OpCl
 #: Ops of one kind.  The storage process bounds its queues too; this bound is the one that all ranks agree on.
 MAX_IN_FLIGHT = 256
 
+#: Codes that say nothing of the page at which an op stopped: the store was not asked for it.
+UNASKED = ("revoked", "queue_full", "gone")
+
 
 class StorageOps:
     """Ops of the attached storage."""
@@ -60,8 +63,12 @@ class StorageOps:
     def lane_moved(self, ended: Op, now_us: int) -> None:
         """An op has ended on every rank: those behind it in the lane get their time from now on.
 
-        Sixteen large writes to a slow store take longer than one may; only a lane that stands still is lost.
+        Sixteen large writes to a slow store take longer than one may; only a lane that stands still is lost.  An op
+        that was revoked in the queue says nothing of the lane: under load a look-up that hangs is followed by many
+        that are, and would never be noticed.
         """
+        if ended.reason in UNASKED and not ended.done:
+            return
         is_write = ended.kind in WRITES
         for op in self._ops.of_epoch(ended.epoch):
             if op.deadline_us and (op.kind in WRITES) == is_write:

@@ -28,6 +28,30 @@ def test_an_op_that_never_ends_is_told_with_its_rank(caplog: pytest.LogCaptureFi
     assert "detached" in words and world.ranks[0].outputs[-1].rid == rid
 
 
+def test_a_lane_that_hangs_is_noticed_although_requests_keep_coming(caplog: pytest.LogCaptureFixture) -> None:
+    """1. A look-up hangs. 2. Those behind it are given up by their requests and revoked in the queue. 3. Each of them
+    ended, so the lane seemed to move, and the hang was noticed only once nobody asked any more."""
+    world = world_with_storage(policy="timeout")
+    for rank in world.ranks:
+        process(world, rank.number).state = "held"
+    answered: set[int] = set()
+    for number in range(40):  # of half a second each; the time-out is 5 s
+        world.submit([number] * 9, max_new_tokens=1)
+        for _ in range(3):
+            tick(world)
+            world.now_us += 170_000
+        for rank in world.ranks:
+            for storage in rank.storage.values():
+                revoked = [message.op_id for message in storage.queue if isinstance(message, wire.RevokeOp)]
+                fresh = [op_id for op_id in revoked[1:] if op_id not in answered]
+                rank.op_facts += [wire.OpFact(op_id, 0, True, True, "revoked") for op_id in fresh]
+        answered |= set(revoked)
+        if world.ranks[0].core.tiers.slot.last_error:
+            break
+    assert number < 20
+    assert "the store hangs: a lookup of 2 pages did not end within 5 s on rank 0, 1 (op " in last_words(world, caplog)
+
+
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_detach_that_had_to_kill_says_so(busy: bool, caplog: pytest.LogCaptureFixture) -> None:
     world = world_with_storage()
