@@ -7,11 +7,16 @@ by the ranks, which know the supported architectures; this file only says what t
 from __future__ import annotations
 
 import json
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sglang_hicache.errors import UserError
+
+#: More than a config.json has.
+LARGEST_JSON_BYTES = 4 << 20
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -57,9 +62,9 @@ def model_directory(path_or_id: str, flag: str) -> str:
 def read_model_facts(directory: str) -> ModelFacts:
     """Facts of the model in `directory`."""
     path = Path(directory, "config.json")
-    config = _read_json(path)
+    config = read_object(path)
     generation_path = Path(directory, "generation_config.json")
-    generation = _read_json(generation_path) if generation_path.exists() else {}
+    generation = read_object(generation_path) if generation_path.exists() else {}
     weights_bytes = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
     if not weights_bytes:
         raise UserError(f"{directory} holds no *.safetensors file; other weight formats are not supported")
@@ -72,25 +77,41 @@ def read_model_facts(directory: str) -> ModelFacts:
         head_dim=_whole(path, config, "head_dim", _whole(path, config, "hidden_size") // heads),
         weights_bytes=weights_bytes,
         vocab_size=_whole(path, config, "vocab_size"),
-        eos_token_ids=_token_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
+        eos_token_ids=_token_ids(path, generation.get("eos_token_id", config.get("eos_token_id"))),
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model.  The folder may be named over HTTP, and may come from anywhere."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(_text_of(path))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; --model-path must be a Hugging Face model directory") from error
+    except RecursionError:
+        raise UserError(f"cannot read {path}: it is nested too deep") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object; --model-path must be a Hugging Face model directory")
     return value
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
+def _text_of(path: Path) -> str:
+    """The text of a plain file of bounded size: a pipe would hold the caller, and a device fill the memory."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    with open(descriptor, "rb") as stream:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST_JSON_BYTES:
+            raise OSError(f"it is no plain file of at most {LARGEST_JSON_BYTES} bytes")
+        return stream.read(LARGEST_JSON_BYTES).decode()
+
+
+def _token_ids(path: Path, value: Any) -> tuple[int, ...]:
     """`eos_token_id` is a number, a list of numbers, or missing."""
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, list) else (int(value),)
+    ids = tuple(value) if isinstance(value, list) else (value,)
+    if not all(isinstance(token_id, int) for token_id in ids):
+        raise UserError(f"{path}: eos_token_id is {str(value):.80}, not a number or a list of numbers")
+    return ids
 
 
 def _whole(path: Path, config: dict[str, Any], name: str, default: int | None = None) -> int:
@@ -98,5 +119,5 @@ def _whole(path: Path, config: dict[str, Any], name: str, default: int | None = 
     if value is None:
         value = default
     if not isinstance(value, int) or value < 1:
-        raise UserError(f"{path}: {name} is {value!r}, not a whole number above 0; this model is not supported")
+        raise UserError(f"{path}: {name} is {value!r:.80}, not a whole number above 0; this model is not supported")
     return value

@@ -3,7 +3,7 @@
 The digest is the part of a page's name that no other fact may replace: two checkpoints under the same name, or
 one path whose files changed, must never read each other's pages.  It is made of contents only.  Reading
 gigabytes at every start would be slow, so each file's own digest is kept in a private cache under the file's
-inode, size and time of change: a hint where to look, never a part of the digest.  Called by the launcher once per
+inode, size and times of change: a hint where to look, never a part of the digest.  Called by the launcher once per
 start, and for every update of the weights by the tokenizer process and the ranks, on a thread; no torch.
 """
 
@@ -24,6 +24,9 @@ _INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
 _READ_BYTES = 8 << 20
 
+#: An index of the largest checkpoints has a few MiB.
+_LARGEST_INDEX_BYTES = 64 << 20
+
 
 class _Index(msgspec.Struct):
     """The part of a sharded checkpoint's index that says which file holds which tensor."""
@@ -37,7 +40,14 @@ class _CachedDigest(msgspec.Struct, frozen=True):
     inode: int
     size_bytes: int
     mtime_ns: int
+    #: Nobody can set this one back: `cp -p` and `rsync -t` do so with the other.
+    ctime_ns: int
     digest: str
+
+    @classmethod
+    def of(cls, status: os.stat_result, digest: str) -> _CachedDigest:
+        """What is remembered of a file that was like this before it was read."""
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, digest)
 
 
 def default_cache_file() -> str:
@@ -50,11 +60,15 @@ def weight_files(path: str) -> list[Path]:
     """The safetensors files of a model directory, in name order; other files there are not weights."""
     folder = Path(path)
     index = folder / _INDEX_NAME
-    if index.is_file():
+    if index.exists():
         try:
-            names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
-        except (msgspec.MsgspecError, OSError) as error:
+            names = sorted(set(msgspec.json.decode(_read_index(index), type=_Index).weight_map.values()))
+        except (msgspec.MsgspecError, OSError, RecursionError) as error:
             raise UserError(f"{index} cannot be read as a weights index: {error}") from error
+        for name in names:
+            # An index may come from the hub: it must not have other files of this machine looked for, or read.
+            if "/" in name or name in ("", ".", "..") or "\0" in name:
+                raise UserError(f"{index} names a file outside its folder: {name!r:.80}")
         files = [folder / name for name in names]
     elif (folder / _SINGLE_NAME).is_file():
         files = [folder / _SINGLE_NAME]
@@ -68,6 +82,16 @@ def weight_files(path: str) -> list[Path]:
     return files
 
 
+def _read_index(index: Path) -> bytes:
+    """Of a plain file of bounded size: a pipe would hold the caller, and a device fill the memory."""
+    descriptor = os.open(index, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    with open(descriptor, "rb") as stream:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_INDEX_BYTES:
+            raise OSError(f"it is no plain file of at most {_LARGEST_INDEX_BYTES} bytes")
+        return stream.read(_LARGEST_INDEX_BYTES)
+
+
 def weights_digest(path: str, cache_file: str) -> str:
     """SHA-256 over the names and contents of the weight files, 64 hex digits."""
     cache = _read_cache(cache_file)
@@ -77,12 +101,8 @@ def weights_digest(path: str, cache_file: str) -> str:
         name = str(file.resolve())
         known = cache.get(name)
         status = file.stat()
-        if known is None or (known.inode, known.size_bytes, known.mtime_ns) != (
-            status.st_ino,
-            status.st_size,
-            status.st_mtime_ns,
-        ):
-            known = fresh[name] = _CachedDigest(status.st_ino, status.st_size, status.st_mtime_ns, _hash_file(file))
+        if known is None or known != _CachedDigest.of(status, known.digest):
+            known = fresh[name] = _CachedDigest.of(status, _hash_file(file))
         # The name says which shard it is; both parts have a fixed end, so no two lists of files run together.
         whole.update(file.name.encode() + b"\0" + bytes.fromhex(known.digest))
     if fresh:

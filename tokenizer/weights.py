@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from sglang_hicache.errors import UserError
 from sglang_hicache.host_memory import host_memory
-from sglang_hicache.model_facts import DTYPE_BYTES, ModelFacts, model_directory, read_model_facts
+from sglang_hicache.model_facts import DTYPE_BYTES, ModelFacts, model_directory, read_model_facts, read_object
 from sglang_hicache.tokenizer.api import (
     UNSUPPORTED_UPDATE,
     MalformedBody,
@@ -51,6 +51,8 @@ class WeightsRoutes:
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        #: Looks at new weights: it may read gigabytes, or fetch them, and cannot be stopped.
+        self._looking: asyncio.Future[tuple[str, str]] | None = None
 
     async def update_from_disk(self, request: Request) -> Response:
         """POST /update_weights_from_disk."""
@@ -63,7 +65,7 @@ class WeightsRoutes:
         try:
             self._services.lifecycle.check()
             self._check(body)
-            directory, digest = await asyncio.to_thread(self._look_blocking, body.model_path)
+            directory, digest = await self._look(body.model_path)
             outcome = await self._update(body, directory, digest)
         except (UserError, OSError) as error:
             return _reply(False, f"The weights were not updated: {error}", 400)
@@ -86,12 +88,20 @@ class WeightsRoutes:
                 f"weight_version has {len(body.weight_version)} characters; 1 to {LONGEST_NAME} are allowed"
             )
 
+    async def _look(self, path: str) -> tuple[str, str]:
+        """One at a time: more would read as many models at once, and take the helper threads from everybody else."""
+        if self._looking is not None and not self._looking.done():
+            raise UserError("another update of the weights is under way; try again when it has ended")
+        self._looking = asyncio.ensure_future(asyncio.to_thread(self._look_blocking, path))
+        # The thread goes on when the client leaves, and the next one must know.
+        return await asyncio.shield(self._looking)
+
     def _look_blocking(self, path: str) -> tuple[str, str]:
         """Directory and digest of the new weights, if they fit the model that runs.  On a helper thread."""
         directory = model_directory(path, "model_path")
         facts = read_model_facts(directory)
         here, model = self._services.codec.model_config, self._services.config.model
-        there = json.loads(Path(directory, "config.json").read_text(encoding="utf-8"))
+        there = read_object(Path(directory, "config.json"))
         wrong = [_difference(name, there[name], here[name]) for name in _SHAPE if _differs(name, there, here)]
         if facts.eos_token_ids != model.eos_token_ids:
             wrong.append(_difference("eos_token_id", list(facts.eos_token_ids), list(model.eos_token_ids)))
@@ -133,7 +143,7 @@ def _differs(name: str, there: dict[str, Any], here: dict[str, Any]) -> bool:
 
 
 def _difference(name: str, there: Any, here: Any) -> str:
-    return f"{name} is {json.dumps(there)}, not {json.dumps(here)}"
+    return f"{name} is {json.dumps(there):.80}, not {json.dumps(here)}"
 
 
 def _reply(success: bool, message: str, status: int, paused: int = 0) -> Response:

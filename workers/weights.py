@@ -43,15 +43,17 @@ class _Checkpoint:
         if file is None:
             raise UserError(f"{self._path} has no tensor {name}: the checkpoint does not fit its config.json")
         stored = file.get_slice(name)
+        shape, expected = list(stored.get_shape()), list(like.shape)
+        if share is not None:
+            expected[share.dim] *= share.parts
+        # Before a byte is read: a file may have a tensor that is larger than any memory.
+        if shape != expected:
+            raise UserError(f"{self._path}: tensor {name} of shape {shape} does not fit the model's config.json")
         if share is None:
             part = stored[:]
         else:
-            start, end = share.bounds(stored.get_shape()[share.dim])
+            start, end = share.bounds(shape[share.dim])
             part = stored[start:end] if share.dim == 0 else stored[:, start:end]
-        if part.shape != like.shape:
-            raise UserError(
-                f"{self._path}: tensor {name} of shape {list(stored.get_shape())} does not fit the model's config.json"
-            )
         # Into fresh memory: a tensor that is a view of the file starts wherever the file has it, and some kernels
         # add up differently at other alignments.
         return torch.empty(like.shape, dtype=like.dtype, device=device).copy_(part)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,56 @@ def test_a_path_that_is_no_model(server: FakeServer, tmp_path: Path) -> None:
     assert "config.json" in refused(server, model_path=str(tmp_path / "empty"))
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, json.dumps(CONFIG | {"eos_token_id": "5"}), json.dumps(CONFIG | {"eos_token_id": {"a": 1}}),
+     json.dumps(CONFIG | {"eos_token_id": [[1]]}), " " * (5 << 20) + "{}", "{" + "9" * 5000, "[]"],
+)  # fmt: skip
+def test_a_config_that_nobody_should_have_written(server: FakeServer, checkpoint: Path, content: str) -> None:
+    (checkpoint / "config.json").write_text(content)
+    message = refused(server, model_path=str(checkpoint))
+    assert "config.json" in message and len(message) < 1000
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("target", ["pipe", "/dev/zero"])
+def test_what_is_no_file_holds_no_thread(server: FakeServer, checkpoint: Path, name: str, target: str) -> None:
+    """Each request would keep a thread for ever, and its memory would grow for as long."""
+    (checkpoint / name).unlink(missing_ok=True)
+    if target == "pipe":
+        os.mkfifo(checkpoint / name)
+    else:
+        (checkpoint / name).symlink_to(target)
+    assert name in refused(server, model_path=str(checkpoint))
+
+
+def test_the_next_update_waits_for_nobody(
+    server: FakeServer, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred at once would read a hundred models at once, and leave no helper thread to anybody else."""
+    begun, go_on = threading.Event(), threading.Event()
+    real = weights.weights_digest
+
+    def slow(*args: Any) -> str:
+        begun.set()
+        assert go_on.wait(60.0)
+        return real(*args)
+
+    monkeypatch.setattr(weights, "weights_digest", slow)
+
+    async def both() -> list[Any]:
+        first = asyncio.create_task(server.request("POST", PATH, json={"model_path": str(checkpoint)}, headers=ADMIN))
+        await asyncio.to_thread(begun.wait, 60.0)
+        second = await server.request("POST", PATH, json={"model_path": str(checkpoint)}, headers=ADMIN)
+        go_on.set()
+        return [await first, second]
+
+    first, second = server.run(both())
+    assert second.status_code == 400 and "another update" in second.json()["message"]
+    assert first.status_code == 200
+    assert post(server, model_path=str(checkpoint)).status_code == 200
+
+
 def test_more_than_memory_holds(server: FakeServer, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel would kill a rank in the middle, and that would stop the server."""
     monkeypatch.setattr(weights, "host_memory", lambda: HostMemory(5, "a control group"))
@@ -146,7 +198,6 @@ def test_an_answer_names_the_weights_that_computed_it(server: FakeServer) -> Non
     sampling = {"max_new_tokens": 1}
 
     async def scenario() -> Any:
-
 
         asked = asyncio.ensure_future(
             server.request("POST", "/generate", json={"text": "x", "sampling_params": sampling})

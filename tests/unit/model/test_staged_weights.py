@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from pathlib import Path
@@ -82,6 +83,18 @@ def test_files_that_are_not_what_their_digest_says_are_refused(tmp_path: Path, l
     """They changed after the digest was made: under it, the pages of these weights would be found by others."""
     save_model(tmp_path / "new", config_of("llama"))
     assert "changed while they were read" in stage(llama_worker, tmp_path / "new", digest="0" * 64)
+
+
+def test_a_tensor_of_another_shape_is_refused_before_it_is_read(tmp_path: Path, llama_worker: ModelWorker) -> None:
+    """A file may claim, and with holes in it really have, a tensor larger than any memory."""
+    save_model(tmp_path / "new", config_of("llama"))
+    size = 64 << 30
+    header = json.dumps({"model.embed_tokens.weight": {
+        "dtype": "F32", "shape": [size // 4096, 1024], "data_offsets": [0, size]}}).encode()  # fmt: skip
+    with (tmp_path / "new" / "model.safetensors").open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.truncate(8 + len(header) + size)
+    assert "does not fit" in stage(llama_worker, tmp_path / "new", digest="0" * 64)
 
 
 def test_a_file_that_is_cut_off_is_a_reason_and_no_crash(tmp_path: Path, llama_worker: ModelWorker) -> None:

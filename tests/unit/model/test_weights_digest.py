@@ -102,6 +102,25 @@ def test_a_cache_behind_a_link_is_not_believed(model, cache, tmp_path, hashed):
     assert len(hashed) == 2
 
 
+def test_other_contents_with_the_time_of_the_old_ones_are_read_again(model, cache):
+    """`cp -p` and `rsync -t` write into the same file and set its time back: its pages must not get the old name."""
+    file = model / "model.safetensors"
+    before = file.stat()
+    first = weights_digest(str(model), cache)
+    file.write_bytes(b"other weights")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert weights_digest(str(model), cache) != first
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../other/model.safetensors", "sub/model.safetensors", "", ".."])
+def test_an_index_names_files_of_its_own_folder_only(model, name):
+    """A checkpoint from the hub could ask which files there are on this machine, and have them read."""
+    _index(model, name)
+    with pytest.raises(UserError, match="names a file outside"):
+        weight_files(str(model))
+
+
 def test_an_unwritable_cache_only_costs_time(model, tmp_path, hashed):
     blocked = tmp_path / "file"
     blocked.write_text("")
