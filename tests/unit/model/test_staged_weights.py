@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 
 from sglang_hicache.errors import IntegrityError
 from sglang_hicache.weights_digest import weights_digest
+from sglang_hicache.workers import weights
 from sglang_hicache.workers.model_worker import ModelWorker
 from sglang_hicache.workers.staging import StagedWeights
 from tests.unit.model.support import config_of, generate, greedy_batch, model_config, open_worker, prompts, save_model
@@ -85,16 +85,33 @@ def test_files_that_are_not_what_their_digest_says_are_refused(tmp_path: Path, l
     assert "changed while they were read" in stage(llama_worker, tmp_path / "new", digest="0" * 64)
 
 
-def test_a_tensor_of_another_shape_is_refused_before_it_is_read(tmp_path: Path, llama_worker: ModelWorker) -> None:
+def test_a_tensor_of_another_shape_is_refused_before_it_is_read(
+    tmp_path: Path, llama_worker: ModelWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file may claim, and with holes in it really have, a tensor larger than any memory."""
     save_model(tmp_path / "new", config_of("llama"))
-    size = 64 << 30
-    header = json.dumps({"model.embed_tokens.weight": {
-        "dtype": "F32", "shape": [size // 4096, 1024], "data_offsets": [0, size]}}).encode()  # fmt: skip
-    with (tmp_path / "new" / "model.safetensors").open("wb") as stream:
-        stream.write(len(header).to_bytes(8, "little") + header)
-        stream.truncate(8 + len(header) + size)
-    assert "does not fit" in stage(llama_worker, tmp_path / "new", digest="0" * 64)
+
+    class Claims:
+        def __enter__(self) -> Claims:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def keys(self) -> list[str]:
+            return ["model.embed_tokens.weight"]
+
+        def get_slice(self, name: str) -> Claims:
+            return self
+
+        def get_shape(self) -> list[int]:
+            return [1 << 40, 64]
+
+        def __getitem__(self, part: object) -> None:
+            raise MemoryError("it was read")
+
+    monkeypatch.setattr(weights, "safe_open", lambda *args, **options: Claims())
+    assert "of shape [1099511627776, 64] does not fit" in stage(llama_worker, tmp_path / "new", digest="0" * 64)
 
 
 def test_a_file_that_is_cut_off_is_a_reason_and_no_crash(tmp_path: Path, llama_worker: ModelWorker) -> None:
