@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from sglang_hicache import wire
+from sglang_hicache.cache.op import OpKind
 from sglang_hicache.cache.tiers import Tiers
 from sglang_hicache.config import PREFETCH_POLICIES, WRITE_POLICIES
 from sglang_hicache.errors import UserError
@@ -22,6 +24,17 @@ from sglang_hicache.storage.attachment_events import Answer, Attach, Cleared, De
 log = logging.getLogger(__name__)
 
 NOT_HIERARCHICAL = "Hierarchical cache is not enabled: restart with --enable-hierarchical-cache."
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A command that waits for idleness."""
+
+    command: wire.FlushCache | wire.DetachStorage
+    #: Leader's clock when it stops waiting for that.
+    idle_by_us: int
+    #: The same for the uploads that a flush has stopped: a store that hangs must not keep it for ever.
+    ends_us: int
 
 
 class Commands:
@@ -34,13 +47,15 @@ class Commands:
         self._is_hierarchical = is_hierarchical
         #: Attach commands that the slot works on: their policies take effect with the commit.
         self._attaching: dict[str, wire.AttachStorage] = {}
+        #: Clears that the storage processes work on, with their epoch.
         self._clearing: dict[str, int] = {}
-        #: Detach commands that ended an attachment.
-        self._detaching: set[str] = set()
         #: Those of them that are the second half of a flush.
         self._flushed: set[str] = set()
-        #: Commands that wait for idleness, with the leader's clock when they stop waiting.
-        self._waiting: dict[str, tuple[wire.FlushCache | wire.DetachStorage, int]] = {}
+        #: Detach commands that ended an attachment.
+        self._detaching: set[str] = set()
+        self._waiting: dict[str, _Waiting] = {}
+        #: Leader's clock when the waiting commands were looked at last.
+        self._looked_us = 0
         self.answers: list[wire.CommandAnswer] = []
 
     def start(self, command: wire.Command, now_us: int) -> None:
@@ -154,7 +169,7 @@ class Commands:
 
     def _detach(self, command: wire.DetachStorage, now_us: int) -> None:
         if command.flush_timeout_s is not None:
-            self._waiting[command.id] = (command, now_us + int(command.flush_timeout_s * 1e6))
+            self._wait(command, command.flush_timeout_s, now_us)
             return
         if not self._is_hierarchical:
             self._answer(command.id, False, NOT_HIERARCHICAL)
@@ -217,44 +232,55 @@ class Commands:
     # -------------------------------------------------------------------------------------------- flush
 
     def _flush(self, command: wire.FlushCache, now_us: int) -> None:
-        if any(isinstance(waiting, wire.FlushCache) for waiting, _ in self._waiting.values()):
+        if any(isinstance(waiting.command, wire.FlushCache) for waiting in self._waiting.values()):
             self._answer(command.id, False, "Another flush is in progress.")
             return
-        self._waiting[command.id] = (command, now_us + int(command.timeout_s * 1e6))
+        self._wait(command, command.timeout_s, now_us)
+
+    def _wait(self, command: wire.FlushCache | wire.DetachStorage, timeout_s: float, now_us: int) -> None:
+        idle_by_us, ends_us = (now_us + int(seconds * 1e6) for seconds in (timeout_s, command.deadline_s))
+        self._waiting[command.id] = _Waiting(command, idle_by_us, ends_us)
 
     def look_again(self, now_us: int) -> None:
         """Commands that wait for idleness: has it come, or is their time over?"""
-        for command_id, (command, deadline_us) in list(self._waiting.items()):
-            is_over = now_us >= deadline_us
-            if isinstance(command, wire.DetachStorage):
-                if is_over or not self._tiers.blockers():
-                    del self._waiting[command_id]
-                    self._tiers.server_ends()
-                    self._start_detach(command_id)
-                continue
-            blockers = self._not_idle(is_patient=not is_over)
-            if blockers and not is_over:
-                continue
-            if not blockers and not self._tiers.stop_uploads():
-                continue  # they end within a moment, and nothing can be emptied under them
-            del self._waiting[command_id]
-            if not blockers:
-                self._tiers.flush()
-                if command.keep_storage:
-                    self._answer(command_id, True, "Cache flushed.")
-                else:
-                    self._clear(command)
-            elif command.timeout_s:
-                self._answer(command_id, False, f"Timed out waiting for idle. {blockers}")
+        self._looked_us = now_us
+        for command_id, waiting in list(self._waiting.items()):
+            if isinstance(waiting.command, wire.FlushCache):
+                self._look_at_flush(waiting.command, waiting, now_us)
+            elif now_us >= waiting.idle_by_us or not self._tiers.blockers():
+                del self._waiting[command_id]
+                self._tiers.server_ends()
+                self._start_detach(command_id)
+
+    def _look_at_flush(self, command: wire.FlushCache, waiting: _Waiting, now_us: int) -> None:
+        is_over = now_us >= waiting.idle_by_us
+        blockers = self._not_idle(is_patient=not is_over)
+        if blockers and not is_over:
+            return
+        if not blockers and not self._tiers.stop_uploads():  # nothing can be emptied under them
+            if now_us < waiting.ends_us:
+                return  # they end within a moment, but for a store that hangs
+            blockers = f"#upload-ops={self._tiers.ops.count(OpKind.UPLOAD)}"
+        del self._waiting[command.id]
+        if not blockers:
+            self._tiers.flush()
+            if command.keep_storage:
+                self._answer(command.id, True, "Cache flushed.")
             else:
-                self._answer(command_id, False, f"Flush cache failed: scheduler is not idle. {blockers}")
+                self._clear(command)
+        elif command.timeout_s:
+            self._answer(command.id, False, f"Timed out waiting for idle. {blockers}")
+        else:
+            self._answer(command.id, False, f"Flush cache failed: scheduler is not idle. {blockers}")
 
     def unanswered(self) -> set[str]:
         """Ids of the commands that wait here, for idleness or for the storage processes."""
         return {*self._waiting, *self._clearing}
 
     def next_deadline_us(self) -> int | None:
-        return min((deadline for _, deadline in self._waiting.values()), default=None)
+        """When a command stops waiting.  What was over at the last look and still waits does so for something else."""
+        known = [at for waiting in self._waiting.values() for at in (waiting.idle_by_us, waiting.ends_us)]
+        return min((at for at in known if at > self._looked_us), default=None)
 
 
 def _same_json(left: str, right: str) -> bool:

@@ -297,7 +297,10 @@ class Leader:
         slot = core.tiers.slot
         busy = {a.epoch for a in slot.places() if a.state in (State.DRAINING, State.DETACHING)}
         self._drains = {epoch: at for epoch, at in self._drains.items() if epoch in busy}
-        alive = {a.command_id for a in slot.places()} | set(slot.waiters) | core.unanswered()
+        # After the kill of an attachment only its reap is waited for: a deadline that has passed would keep the leader
+        # awake until then.
+        opening = {a.command_id for a in slot.places() if a.state is State.ATTACHING}
+        alive = opening | set(slot.waiters if busy else ()) | core.unanswered()
         pending = {command.id for command in self._commands}
         self._deadlines = {i: at for i, at in self._deadlines.items() if i in alive or i in pending}
         known = [core.next_deadline_us(), *self._drains.values(), *self._deadlines.values()]

@@ -35,9 +35,6 @@ class StorageOps:
         epoch = self._slot.gate()
         return None if epoch is None else (epoch, self._slot.generation)
 
-    def is_stored(self, tag: tuple[int, int] | None) -> bool:
-        return tag is not None and tag == self.tag
-
     def count(self, kind: OpKind) -> int:
         """Ops of a kind in flight, those in quarantine not among them."""
         return self._ops.count(kind)
