@@ -85,7 +85,7 @@ class TickLoop:
     def _collect(self, now: int) -> None:
         for message in self._inbox.receive_all():
             if isinstance(message, wire.QueryStatus):
-                self._send(self._status(message.id))
+                self._send(self._status(message.id, now))
             else:
                 if isinstance(message, wire.AttachStorage):
                     learn_secrets(message.extra_config_json)
@@ -96,7 +96,7 @@ class TickLoop:
         self._driver.copies_finished(finished)
         self._weights.poll()
 
-    def _status(self, query_id: str) -> wire.StatusAnswer:
+    def _status(self, query_id: str, now: int) -> wire.StatusAnswer:
         status, driver, update = self._core.status.answer(query_id), self._driver, self._core.update
         return msgspec.structs.replace(
             status,
@@ -105,6 +105,7 @@ class TickLoop:
             counters=status.counters | driver.counters.snapshot(),
             totals=merged(status.totals, driver.totals()),
             last_error=status.last_error or driver.failure(status.epoch),
+            last_error_age_s=(now - driver.failed_us) / 1e6,
             model_path=update.model_path,
             weight_version=update.weight_version,
             weights_digest=update.weights_digest,

@@ -40,6 +40,9 @@ REAP_TIMEOUT_US = 500_000
 #: Microseconds for which the last words of a process that has exited by itself, and not by a signal, are waited for.
 LAST_WORDS_US = 500_000
 
+#: A failure of the same kind is news again when there was none for so long.
+RELAPSE_US = 600_000_000
+
 #: Codes of ops that no process has seen.
 QUEUE_FULL, GONE = "queue_full", "gone"
 
@@ -79,6 +82,8 @@ class _Process:
     stats: dict[str, int] = field(default_factory=dict)
     #: Why the latest of its ops that failed did; "" while none has.
     failure: str = ""
+    #: By kind of failure: clock of the latest.  Of two that take turns each is told once.
+    failed_us: dict[str, int] = field(default_factory=dict)
     #: Why its end is expected; "" while it is not.
     told: str = ""
     #: Clock at which patience with a killed process ends; None: not killed, or already told.
@@ -108,6 +113,8 @@ class StorageDriver:
         self.counters = Counters()
         #: By backend: what the processes that are gone have counted.
         self._past: dict[str, Counter[str]] = {}
+        #: Clock of the latest poll, and of the latest failure of an op or a process.
+        self._now_us = self.failed_us = 0
 
     # ------------------------------------------------------------------------------------------- from the core
 
@@ -170,6 +177,7 @@ class StorageDriver:
 
     def poll(self, now_us: int) -> None:
         """Take what the processes have said and whether they live."""
+        self._now_us = now_us
         for epoch, process in list(self._processes.items()):
             self._hear(epoch, process)
             if process.client.exited():
@@ -217,12 +225,16 @@ class StorageDriver:
 
     def _stopped_short(self, epoch: int, process: _Process, message: wire.OpProgress) -> None:
         """Serving goes on without the store, so that only the log and the status can tell that it fails: one line for
-        each kind of failure, not one for each op of a full disk."""
+        each kind of failure, not one for each op of a full disk; but a line again for the next night's full disk."""
         kind, reason = message.reason.partition(":")[0], message.reason
-        self.counters.add(f"storage_stopped_{kind if kind in STOP_CODES else 'other'}")
-        is_news = kind not in _HARMLESS and kind != process.failure.partition(":")[0]
+        kind = kind if kind in STOP_CODES else "other"
+        self.counters.add(f"storage_stopped_{kind}")
+        is_news = False
         if kind not in _HARMLESS:
+            before_us = process.failed_us.get(kind)
+            is_news = before_us is None or self._now_us - before_us > RELAPSE_US
             process.failure = reason
+            process.failed_us[kind] = self.failed_us = self._now_us
         level = logging.WARNING if is_news else logging.DEBUG
         log.log(level, "storage failed: %s", reason, extra={"op": message.op_id, "epoch": epoch})
 
@@ -246,6 +258,7 @@ class StorageDriver:
         process.client.close()
         self._past.setdefault(process.backend, Counter()).update(process.counted())
         del self._processes[epoch]
+        self.failed_us = self._now_us if process.told != "stopped" or status else self.failed_us
         how = f"killed by signal {-status}" if status is not None and status < 0 else f"exit code {status}"
         if not process.told:
             log.error("the storage process has ended by itself: %s", how, extra={"epoch": epoch})

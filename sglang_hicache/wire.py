@@ -11,7 +11,7 @@ late answer is recognised by its number and never by its timing.  Pure: no threa
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -220,6 +220,8 @@ class StatusAnswer(Message):
     #: Host pages that a process, or its hardware, may still write.
     quarantined_pages: int = 0
     last_error: str = ""
+    #: Seconds since then.
+    last_error_age_s: float = 0.0
     prefetch_policy: str = ""
     write_policy: str = ""
     #: What the backend says of itself (the file backend: path in use, policy); never a secret.
@@ -438,6 +440,15 @@ class StopBackend(Message):
 ToStorage = OpenBackend | LookupPages | ReadPages | WritePages | RevokeOp | ClearPages | UseNamespace | StopBackend
 
 
+#: What a storage process says is added up and told on: a number that no message can carry any more would end the rank,
+#: and names without end would fill its memory.
+PageCount = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+LARGEST_STAT = 1 << 60
+_StatName = Annotated[str, msgspec.Meta(max_length=64)]
+_Stat = Annotated[int, msgspec.Meta(ge=-LARGEST_STAT, le=LARGEST_STAT)]
+Stats = Annotated[dict[_StatName, _Stat], msgspec.Meta(max_length=256)]
+
+
 class BackendOpened(Message):
     """Open and self-test succeeded."""
 
@@ -457,11 +468,11 @@ class OpProgress(Message):
     """Pages whole so far; settled: no more will come; closed: the op is not touched again."""
 
     op_id: int
-    pages: int
+    pages: PageCount
     settled: bool
     closed: bool
     #: Pages that were refused for their content (checksum, header) in this op.
-    corrupt: int = 0
+    corrupt: PageCount = 0
     #: "" or why it stopped short.
     reason: str = ""
 
@@ -478,7 +489,7 @@ class BackendStats(Message):
 
     epoch: int
     #: By name; those of `observe.LEVELS` say how much there is now, all others only grow.
-    stats: dict[str, int] = {}
+    stats: Stats = {}
 
 
 FromStorage = BackendOpened | BackendOpenFailed | OpProgress | ClearDone | BackendStats

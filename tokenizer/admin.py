@@ -241,6 +241,7 @@ def _rank(rank: int, answer: StatusAnswer | None) -> dict[str, Any]:
         "queued_backups": answer.queued_backups,
         "quarantined_pages": answer.quarantined_pages,
         "last_error": without_secrets(answer.last_error) or None,
+        "last_error_age_s": round(answer.last_error_age_s, 1) if answer.last_error else None,
         "backend_info": redacted(answer.backend_info),
         "why": answer.why,
         "lost_tokens": answer.lost_tokens,

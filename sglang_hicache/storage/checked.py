@@ -253,7 +253,10 @@ class CheckedStore:
             self.counters.add("other_key_pages")
             return
         self.counters.add("corrupt_pages")
-        _logger.warning("page %s is corrupt (%s); it is set aside", page.name, wrong.value)
+        count = self.counters.get("corrupt_pages")
+        # A disk that returns garbage does so for every page: each of ten is told, then each tenth, each hundredth ...
+        level = logging.DEBUG if count % 10 ** (len(str(count)) - 1) else logging.WARNING
+        _logger.log(level, "page %s is corrupt (%s); it is set aside (%d so far)", page.name, wrong.value, count)
         try:
             is_gone = self._backend.set_aside_blocking(page.name) is True
         except StorageError as error:

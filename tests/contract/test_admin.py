@@ -227,6 +227,7 @@ def attached(rank: int) -> dict[str, Any]:
         "backend_info": {"path": "/data", "url": "redis://joe:hunter2@host"},
         "extra_config_json": '{"password": "hunter2", "nested": {"access_key": "AKIA1"}, "prefetch_threshold": 7}',
         "last_error": "AUTH failed with hunter2" if rank else "",
+        "last_error_age_s": 61.04,
     }
 
 
@@ -248,6 +249,7 @@ def test_status_is_the_ranks_truth(server: FakeServer) -> None:
         (1, "attached", 3, {"write": 2}),
     ]
     assert ranks[0]["last_error"] is None and ranks[1]["last_error"] == "AUTH failed with ***"
+    assert [rank["last_error_age_s"] for rank in ranks] == [None, 61.0]
 
 
 def test_status_with_nothing_attached(server: FakeServer) -> None:

@@ -99,6 +99,18 @@ def test_fm10_backend_may_stop_at_a_page_of_wrong_size(open_backend: Open, monke
     assert (result.pages, result.corrupt, result.reason) == (1, 1, "corrupt: wrong size")
 
 
+def test_a_disk_that_damages_every_page_does_not_flood_the_log(
+    open_backend: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = _faulty(open_backend, "read", "flip")
+    _write(store, 120)
+    for number in range(1, 121):
+        store.read_blocking([pages.key(number)], pages.empty(1))
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 9 + 9 + 1 and said[-1].endswith("is corrupt (checksum); it is set aside (100 so far)")
+    assert store.counters.get("corrupt_pages") == 120
+
+
 def test_miss_behind_a_damaged_page_is_no_damage(open_backend: Open) -> None:
     store = _faulty(open_backend, "read", "flip", first=0, count=1)
     _write(store, 2)

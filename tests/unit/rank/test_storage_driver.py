@@ -1,10 +1,11 @@
 """The storage driver against played storage processes: every way in which one can speak, refuse, end or not end."""
 
+import msgspec
 import pytest
 
 from sglang_hicache import wire
 from sglang_hicache.errors import ProtocolError, UserError
-from sglang_hicache.scheduler.storage_driver import ALL_PAGES, LAST_WORDS_US, REAP_TIMEOUT_US
+from sglang_hicache.scheduler.storage_driver import ALL_PAGES, LAST_WORDS_US, REAP_TIMEOUT_US, RELAPSE_US
 from sglang_hicache.storage.attachment_events import Kill, Spawn, Stop
 
 READ = wire.ReadPages(op_id=7, keys=[b"k"], host_pages=[0])
@@ -58,7 +59,8 @@ def test_only_the_newest_progress_of_an_op_is_told(storage):
         wire.OpProgress(op_id=8, pages=0, settled=False, closed=False),
     ]
     assert list(facts(storage).ops.values()) == [
-        wire.OpFact(7, 2, True, True, "checksum"), wire.OpFact(8, 0, False, False)
+        wire.OpFact(7, 2, True, True, "checksum"),
+        wire.OpFact(8, 0, False, False),
     ]
     assert storage.driver.counters.snapshot() == {"storage_corrupt_pages": 1, "storage_stopped_other": 1}
 
@@ -83,6 +85,34 @@ def test_a_store_that_fails_says_why_once_in_the_log_and_always_in_the_status(st
     client.status = 0
     facts(storage)
     assert storage.driver.failure(1) == "", "the next attachment starts clean"
+
+
+def test_a_failure_has_an_age_and_is_news_again_after_a_rest(storage, caplog):
+    """1. The disk is full at one, and has room at two. 2. It is full again the next night. 3. The log said nothing of
+    the second time, and the status showed an error of which nobody knew whether it was over.  Of two failures that took
+    turns, on the other hand, the log told each time."""
+    client = spawn(storage)
+    for number, now_us in enumerate((7, 8, 8 + RELAPSE_US, 10 + 2 * RELAPSE_US)):
+        client.said = [wire.OpProgress(op_id=8, pages=0, settled=True, closed=True, reason=f"io: page {number}")]
+        facts(storage, now_us=now_us)
+        reason = f"no_space: page {number}"
+        client.said = [wire.OpProgress(op_id=number, pages=0, settled=True, closed=True, reason=reason)]
+        facts(storage, now_us=now_us)
+        assert storage.driver.failed_us == now_us
+    assert [record.getMessage()[-1] for record in caplog.records] == ["0", "0", "3", "3"]
+    client.said = [wire.OpProgress(op_id=9, pages=0, settled=True, closed=True, reason="revoked")]
+    facts(storage, now_us=11 + 2 * RELAPSE_US)
+    assert storage.driver.failed_us == 10 + 2 * RELAPSE_US, "a revoked op is no failure"
+
+
+@pytest.mark.parametrize(("asked", "failed_us"), [(True, 0), (False, 5)])
+def test_the_end_of_a_process_is_a_failure_unless_it_was_asked_to_go(storage, asked, failed_us):
+    client = spawn(storage)
+    if asked:
+        storage.driver.carry_out(Stop(1), now_us=1)
+    client.status = 0 if asked else -9
+    facts(storage, now_us=5)
+    assert storage.driver.failed_us == failed_us
 
 
 @pytest.mark.parametrize(("status", "level"), [(0, "INFO"), (-9, "WARNING"), (1, "WARNING")])
@@ -261,3 +291,19 @@ def test_nothing_overtakes_a_namespace_that_did_not_fit(storage):
 def test_a_vote_on_new_weights_is_a_fact(storage):
     storage.driver.weights_read("u", "no room")
     assert facts(storage).weights == [wire.WeightsFact("u", "no room")]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        wire.BackendStats(epoch=1, stats={"read_bytes": 1 << 63}),
+        wire.BackendStats(epoch=1, stats={f"number {n}": n for n in range(1000)}),
+        wire.BackendStats(epoch=1, stats={"n" * 1000: 1}),
+        wire.OpProgress(op_id=7, pages=-1, settled=True, closed=True),
+        wire.OpProgress(op_id=7, pages=0, settled=True, closed=True, corrupt=1 << 63),
+    ],
+)
+def test_numbers_that_no_status_could_carry_are_malformed(message):
+    """Two of them added up do not fit into any message: the rank that answers the next status would end."""
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=wire.FromStorage)
