@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sglang_hicache.cache.backup_pace import MAX_WRITES
+from sglang_hicache.cache.backup_pace import MAX_WRITES, has_room
 from sglang_hicache.cache.controller import WRITE_THRESHOLD
-from sglang_hicache.cache.op import OpKind
+from sglang_hicache.cache.op import WRITES, OpKind
 from sglang_hicache.cache.prefetch import CAPACITY_SHARE
 from sglang_hicache.cache.tiers import Tiers
 
@@ -18,7 +18,8 @@ from sglang_hicache.cache.tiers import Tiers
 def why(tiers: Tiers, now_us: int) -> list[str]:
     """One sentence for each reason."""
     if tiers.slot.gate() is None:
-        return [f"storage is {tiers.slot.face().value}: nothing is written or fetched"]
+        ended = "; last_error says how it ended, and an attach starts it again" if tiers.slot.last_error else ""
+        return [f"storage is {tiers.slot.face().value}: nothing is written or fetched{ended}"]
     return [*_not_copied(tiers), *_not_written(tiers, now_us), *_not_fetched(tiers)]
 
 
@@ -55,7 +56,7 @@ def _not_written(tiers: Tiers, now_us: int) -> Iterator[str]:
         yield f"the store failed: {line.retrying()} nodes wait for another attempt, the first in {wait}"
     if line.fresh.line and tiers.ops.count(OpKind.WRITE) >= MAX_WRITES:
         yield f"{len(line.fresh.line)} backups wait: {MAX_WRITES} writes are under way, the most that may be"
-    elif line.fresh.line and full.since_us is None and not queue.is_held:
+    elif _is_held_by_locks(tiers) and full.since_us is None and not queue.is_held:
         locked = (tiers.controller.tree.host_tokens - tiers.controller.tree.host_tokens_evictable) // tiers.page_size
         yield (
             f"{len(line.fresh.line)} backups wait: {locked} host pages are in use, and a write may only start below "
@@ -67,6 +68,13 @@ def _not_written(tiers: Tiers, now_us: int) -> Iterator[str]:
             f"upload of what was cached before the attach: {left} of {queue.upload_pages} pages are left, at most "
             f"{1_000_000 // writer.limits.upload_page_us} pages a second, after all other backups"
         )
+
+
+def _is_held_by_locks(tiers: Tiers) -> bool:
+    """Does the next write wait until host pages are free?  One that nothing holds up starts in a moment."""
+    entry = tiers.backup.line.next(is_upload=False)
+    writes = sum(tiers.ops.count(kind) for kind in WRITES)
+    return bool(entry and writes and not has_room(tiers.controller.tree, entry.node, tiers.writer.limits.locked_pages))
 
 
 def _not_fetched(tiers: Tiers) -> Iterator[str]:

@@ -261,9 +261,27 @@ def test_the_status_says_how_many_writes_run() -> None:
     assert "4 backups wait: 16 writes are under way, the most that may be" in why(world)
 
 
+def test_the_status_blames_no_lock_for_a_backup_that_starts_in_a_moment() -> None:
+    world = world_with_storage()
+    for rank in world.ranks:
+        rank.core.tiers.backup.is_held = True
+    world.submit(prompt(1, 6), max_new_tokens=1)
+    ticks(world, 12)
+    for rank in world.ranks:
+        rank.core.tiers.backup.is_held = False
+    assert world.ranks[0].core.tiers.backup.line.fresh.line and "host pages" not in why(world)
+
+
 def test_the_status_of_a_server_without_a_store() -> None:
     world = World(0, 2, fault_rate=0.0)
     assert why(world) == "storage is detached: nothing is written or fetched"
+
+
+def test_the_status_of_a_server_that_has_lost_its_store() -> None:
+    world = world_with_storage()
+    world.ranks[1].storage[1].tell("lost", "segfault")
+    world.settle()
+    assert why(world).endswith("; last_error says how it ended, and an attach starts it again")
 
 
 def test_the_status_counts_what_was_lost_by_reason() -> None:
