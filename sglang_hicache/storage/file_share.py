@@ -51,7 +51,9 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
     def bytes_now(self, leases: Mapping[str, Lease]) -> int:
         """Bytes with what was written and deleted since."""
-        return self.bytes + sum(lease.bytes - self.counted.get(name, (0, 0))[0] for name, lease in leases.items())
+        since = sum(lease.bytes - self.counted.get(name, (0, 0))[0] for name, lease in leases.items())
+        # A count may see that a page is gone in the moment before its process says so.
+        return max(0, self.bytes + since)
 
     def files_now(self, leases: Mapping[str, Lease]) -> dict[str, int]:
         """Files by namespace with what was written and deleted since."""
@@ -59,7 +61,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
         for name, lease in leases.items():
             since = lease.files - self.counted.get(name, (0, 0))[1]
             files[lease.namespace] = files.get(lease.namespace, 0) + since
-        return files
+        return {namespace: max(0, count) for namespace, count in files.items()}
 
 
 _NOTHING_COUNTED = Usage(bytes=0, max_bytes=0, files={}, foreign_files=0, counted={})
@@ -74,6 +76,8 @@ class View(msgspec.Struct):
     own_files: int = 0
     other_files: int = 0
     foreign_files: int = 0
+    #: The limit that holds: the smallest one of all servers on this folder; 0: none.
+    max_bytes: int = 0
 
 
 class Share:
@@ -178,7 +182,9 @@ class Share:
     def why_full(self) -> str:
         """For whoever was refused."""
         view, limits = self.view, self.limits
-        of = f" of at most {size_text(limits.max_bytes)}" if limits.max_bytes else ""
+        of = f" of at most {size_text(view.max_bytes)}" if view.max_bytes else ""
+        if view.max_bytes and view.max_bytes != limits.max_bytes:
+            of += " (max_size of another server on this folder, less than ours)"
         return (
             f"the pages under {self.root} have {size_text(view.used_bytes)}{of}, and {size_text(view.free_bytes)} of "
             f"the disk are free, of which {size_text(limits.min_free_bytes)} stay free"
@@ -232,9 +238,9 @@ class Share:
         used, free = usage.bytes_now(self._leases), disk.f_bavail * disk.f_frsize
         files = usage.files_now(self._leases)
         own = files.get(self._namespace, 0)
-        self.view = View(used, free, own, sum(files.values()) - own, usage.foreign_files)
         caps = [size for size in (self.limits.max_bytes, usage.max_bytes) if size]
         limits = replace(self.limits, max_bytes=min(caps, default=0))
+        self.view = View(used, free, own, sum(files.values()) - own, usage.foreign_files, limits.max_bytes)
         grant = max(wanted_bytes, int(_GRANT_SHARE * limits.ceiling(used, free)))
         self._granted = min(grant, limits.room(used, free))
         if limits.excess(used, free):

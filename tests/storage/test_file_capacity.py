@@ -78,8 +78,11 @@ class TestLimit:
         assert numbers(root) == [0, 1, 2, 3, 4]
         small.tick()
         assert small.share.view.used_bytes == 5 * PAGE
+        assert "of at most 42.5 KiB, and" in small.share.why_full()
+        assert "of at most 42.5 KiB (max_size of another server on this folder" in large.share.why_full()
         small.close()
         large.tick()
+        assert "of at most 425.0 KiB, and" in large.share.why_full()
         for number in range(50):
             large.write(number)
         large.tick()
