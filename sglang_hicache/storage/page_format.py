@@ -87,7 +87,7 @@ class Verdict(enum.Enum):
     #: The bytes are what somebody wrote, but nobody who has the key.
     FORGED = "authentication tag"
     #: A whole page of another encryption key, or plain where ours are encrypted, or the reverse: no damage.
-    OTHER_KEY = "other encryption key"
+    OTHER_KEY = "made with another encryption key, or with none"
 
 
 class Cipher(Protocol):

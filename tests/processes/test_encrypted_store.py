@@ -75,7 +75,7 @@ def test_another_key_finds_nothing_and_says_so(start: Start, key_file: Path) -> 
     second.opened()
     second.read(1, 5)
     assert second.end_of(1) == wire.OpProgress(
-        op_id=1, pages=0, settled=True, closed=True, reason="other_key: other encryption key"
+        op_id=1, pages=0, settled=True, closed=True, reason="other_key: made with another encryption key, or with none"
     )
     second.send(wire.LookupPages(op_id=2, keys=keys(5)))
     assert second.end_of(2).pages == 0

@@ -161,7 +161,7 @@ class TestStore:
         store = _store(backend, now)
         assert store.lookup_blocking(pages.keys(3)) == 3
         result = store.read_blocking(pages.keys(3), pages.empty(3))
-        assert result == BatchResult(0, reason="other_key: other encryption key")
+        assert result == BatchResult(0, reason="other_key: made with another encryption key, or with none")
         assert store.counters.get("other_key_pages") == 3
         assert store.counters.get("set_aside_pages") == store.counters.get("corrupt_pages") == 0
         # Nobody asks for these again before they are replaced, and nothing of the other's was lost until then.
