@@ -71,7 +71,9 @@ class HealthRoutes:
 
     async def _probe(self) -> Response:
         if await self._services.requests.probe(self._timeout_s):
-            return Response(status_code=200)
+            # What arrived may be the news that it fails.
+            obstacle = self._services.lifecycle.obstacle()
+            return text_reply(obstacle, 503) if obstacle else Response(status_code=200)
         log.warning("the scheduler has not answered a health probe within %g s", self._timeout_s)
         return text_reply(f"the scheduler has not answered within {self._timeout_s:g} s", 503)
 

@@ -73,6 +73,22 @@ def test_anything_from_the_scheduler_is_health(server: FakeServer) -> None:
     assert server.run(asyncio.wait_for(scenario(), 60)) == 200
 
 
+def test_news_of_a_failure_is_no_health(server: FakeServer) -> None:
+    """1. A rank hangs; a probe waits. 2. The launcher notices, and the ranks send their last words. 3. The probe took
+    them for a sign of life, and the load balancer kept the server."""
+    server.generate = lambda request: None
+
+    async def scenario() -> int:
+        health = asyncio.ensure_future(server.request("GET", "/health"))
+        while not server.sent:
+            await asyncio.sleep(0)
+        server.state = ServerState.FAILING
+        server.output()
+        return (await health).status_code
+
+    assert server.run(asyncio.wait_for(scenario(), 60)) == 503
+
+
 def test_silent_scheduler_is_503_and_recovers(
     monkeypatch: pytest.MonkeyPatch, serve: Callable[..., FakeServer]
 ) -> None:
