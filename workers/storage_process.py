@@ -144,8 +144,9 @@ class OpenStore:
         return self.backend.info() | ({"encryption": "aes-256-gcm"} if self.shared.cipher else {})
 
     def stats(self) -> dict[str, int]:
-        """Counters of this process."""
-        return self.backend.stats() | self.shared.counters.snapshot()
+        """Counters of this process, as far as a message carries them: some disks say that they have no end."""
+        found = self.backend.stats() | self.shared.counters.snapshot()
+        return {name: min(number, wire.LARGEST_STAT) for name, number in found.items()}
 
 
 class Supervisor:

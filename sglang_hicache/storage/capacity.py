@@ -96,7 +96,8 @@ class Limits:
 
 def default_max_bytes(used_bytes: int, free_bytes: int) -> int:
     """The limit when none is given.  What is ours counts as free: the same folder then gets the same limit again."""
-    return int(DEFAULT_SHARE * (used_bytes + free_bytes))
+    # Some file systems say that they have no end.
+    return min(int(DEFAULT_SHARE * (used_bytes + free_bytes)), _LARGEST_SIZE)
 
 
 def default_min_free_bytes(disk_bytes: int) -> int:

@@ -6,12 +6,17 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
+import msgspec
 import pytest
 
+from sglang_hicache import wire
 from sglang_hicache.errors import StorageError
 from sglang_hicache.storage.backend import StorageBackend
+from sglang_hicache.storage.checked import Shared
 from sglang_hicache.storage.file_quarantine import MOST_FILES
+from sglang_hicache.workers.storage_process import OpenStore
 from tests.storage import pages
 from tests.storage.conftest import Open
 from tests.storage.store_folder import run, write
@@ -113,3 +118,18 @@ def test_a_page_that_another_user_owns_is_not_there(
     write(backend, 2)
     assert stat.S_ISREG(real(planted).st_mode) and real(planted).st_ino not in theirs
     assert store.lookup_blocking(pages.keys(2)) == 2
+
+
+def test_a_disk_without_end_is_a_disk(open_backend: Open, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As file systems over object stores say of themselves: more bytes than 64 bits count."""
+
+    def claimed(path: object) -> SimpleNamespace:
+        return SimpleNamespace(f_blocks=1 << 56, f_bavail=1 << 56, f_frsize=4096)
+
+    monkeypatch.setattr(os, "statvfs", claimed)
+    backend = open_backend("file", {"file_storage_path": str(root)})
+    pages.wait_until(lambda: backend.stats()["max_bytes"] > 0, "the limit is known")
+    write(backend, 2)
+    stats = OpenStore(backend, Shared()).stats()
+    told = wire.BackendStats(epoch=1, stats=stats)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(told), type=wire.FromStorage) == told
