@@ -69,6 +69,8 @@ class Evictor:
         self._index = FileIndex(share.root)
         self._usage: Usage | None = None
         self._leases: dict[str, Lease] = {}
+        #: What the leases said when the last count began.
+        self._leases_then: dict[str, Lease] = {}
         self._published: Usage | None = None
         self._counted_s = self._expired_s = 0.0
         #: What went wrong in the last tick, so that it is said once and not every second.
@@ -137,7 +139,7 @@ class Evictor:
             return
         has_lost_one = self._count_leases()
         now_s = self._clock()
-        if self._usage is None or has_lost_one or _is_over(now_s, self._counted_s, self._rest_s(self._usage)):
+        if self._usage is None or has_lost_one or _is_over(now_s, self._counted_s, self._rest_s()):
             self._count()
         assert self._usage is not None
         self._learn_limit(self._usage)
@@ -195,10 +197,16 @@ class Evictor:
     def _count(self) -> None:
         """Bring the index up to date, and start the sum anew."""
         started_s = time.monotonic()
-        self._leases = leases_blocking(self._share.root / TMP)
-        # Read before the folders: a page written meanwhile may count twice for a while, and never not at all.
-        counted = {name: (lease.bytes, lease.files) for name, lease in self._leases.items()}
+        before = leases_blocking(self._share.root / TMP)
         self._index.refresh_blocking(self._breathe)
+        after = before | leases_blocking(self._share.root / TMP)
+        # The smaller of both: what was written or deleted meanwhile may count twice for a while, and never not at all.
+        # With what was said before alone, a page that an attach writes and deletes to test the store is less than none.
+        counted = {
+            name: (min(then.bytes, after[name].bytes), min(then.files, after[name].files))
+            for name, then in before.items()
+        }
+        self._leases, self._leases_then = after, before
         self._counted_s = self._clock()
         self._usage = Usage(
             bytes=self._index.used_bytes,
@@ -209,11 +217,10 @@ class Evictor:
         )
         self.count_s = time.monotonic() - started_s
 
-    def _rest_s(self, usage: Usage) -> float:
+    def _rest_s(self) -> float:
         """How long the sum is good enough.  What was written during the count may be in it twice, and what is written
         since shows in the leases: then it is time for another one as soon as that costs little."""
-        quiet = all((lease.bytes, lease.files) == usage.counted.get(name) for name, lease in self._leases.items())
-        return _RECOUNT_S if quiet else max(TICK_S, _COUNT_REST * self.count_s)
+        return _RECOUNT_S if self._leases == self._leases_then else max(TICK_S, _COUNT_REST * self.count_s)
 
     def _users(self) -> list[Lease]:
         """All processes on this root.  On a full disk this one may have no lease to show."""

@@ -289,6 +289,31 @@ class TestCount:
         third.tick()
         assert third.share.view.used_bytes == 11 * PAGE
 
+    @pytest.mark.parametrize("is_told", [True, False])
+    def test_a_page_deleted_during_the_count_is_not_less_than_none(
+        self, start: Start, root: Path, monkeypatch: pytest.MonkeyPatch, is_told: bool
+    ) -> None:
+        """1. An attach tests the store with a page and tells so. 2. The first count begins. 3. The test is over: the
+        page is deleted before its folder is listed. 4. The status said that the store holds -1 pages."""
+        house = start()
+        paths = [house.write(1)]
+
+        def delete() -> None:
+            while paths:
+                paths.pop().unlink()
+                house.share.changed(-PAGE, -1)
+                if is_told:
+                    house.share.tell()
+
+        monkeypatch.setattr(house.evictor, "_breathe", delete)
+        house.tick()
+        assert house.share.view.used_bytes == 0 and house.share.view.own_files == 0
+        house.now_s += 2
+        house.tick()
+        house.write(2)
+        house.tick()
+        assert house.share.view.used_bytes == PAGE and house.share.view.own_files == 1
+
     def test_a_removed_folder_and_removed_files_are_noticed(self, start: Start, root: Path) -> None:
         house = start()
         paths = [put(root, number) for number in range(5)]
