@@ -21,6 +21,7 @@ from sglang_hicache.observe import LEVELS
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.attachment_events import State
 from sglang_hicache.storage.backend import OpenContext
+from sglang_hicache.tokenizer import metrics
 from sglang_hicache.tokenizer.metrics_table import PROCESS_COUNTERS, UNFULFILLED
 from tests.contract.fake_server import FakeServer, make_config
 from tests.house.source import ROOT
@@ -261,3 +262,28 @@ class TestAccess:
         assert len(server.commands(wire.QueryStatus)) == 2, "one for each rank"
         scraped(server)
         assert len(server.commands(wire.QueryStatus)) == 4
+
+
+def test_scrapes_of_strangers_leave_the_loop_to_others(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key is asked for, and one text costs as much as twenty other answers: some dozens a second would be all that
+    the process does.  Whoever comes meanwhile gets the text that is being written."""
+    cost_s = iter(range(1000))
+    monkeypatch.setattr(metrics.time, "thread_time", lambda: 0.05 * next(cost_s))
+    written: list[float] = []
+
+    def watched(found: Any) -> bytes:
+        written.append(asyncio.get_running_loop().time())
+        return b"text"
+
+    monkeypatch.setattr(metrics, "generate_latest", watched)
+
+    async def scrapes() -> list[str]:
+        replies = []
+        for _ in range(3):
+            together = await asyncio.gather(*[server.request("GET", "/metrics") for _ in range(20)])
+            replies += [reply.text for reply in together]
+        return replies
+
+    assert server.run(scrapes()) == ["text"] * 60
+    assert len(written) == 3
+    assert all(later - earlier >= 0.9 * metrics.REST * 0.05 for earlier, later in zip(written, written[1:]))
