@@ -55,6 +55,9 @@ _RETRY_MS = 5
 #: Shortest time between two reports of the counters.
 _STATS_EVERY_S = 1.0
 
+#: The last report after something happened.  By then a store that several share has counted what the others did.
+_LAST_STATS_S = 5.0
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -108,16 +111,18 @@ class Outbox:
 
 
 class StatsClock:
-    """When the counters are told: some time after they may have changed, so that an idle process stays asleep."""
+    """When the counters are told: some time after they may have changed, and once more when the store has had time to
+    look around, so that a status that nothing follows is right.  Then an idle process stays asleep."""
 
     def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
         self._now_s = now_s
         self._due_s: float | None = None
+        self._is_last = False
 
     def activity(self) -> None:
         """The counters may have changed.  The first time counts: steady work must not put the report off for ever."""
-        if self._due_s is None:
-            self._due_s = self._now_s() + _STATS_EVERY_S
+        if self._due_s is None or self._is_last:
+            self._due_s, self._is_last = self._now_s() + _STATS_EVERY_S, False
 
     def wait_ms(self) -> int | None:
         """How long the process may sleep; None: until something happens."""
@@ -128,7 +133,8 @@ class StatsClock:
         """It is time; asked once."""
         if self._due_s is None or self._now_s() < self._due_s:
             return False
-        self._due_s = None
+        self._due_s = None if self._is_last else self._now_s() + _LAST_STATS_S
+        self._is_last = not self._is_last
         return True
 
 
@@ -172,6 +178,7 @@ class Supervisor:
         self._prefetch.start()
         self._backup.start()
         self._tell_stats()
+        self._stats_clock.activity()
         while not (self._prefetch.has_ended and self._backup.has_ended):
             self._serve_once_blocking(poller, parent_pid)
         self._tell_stats()  # while the backend is open: closing it may cost what it knows

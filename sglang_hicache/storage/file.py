@@ -72,6 +72,7 @@ class FileBackend(StorageBackend):
         self._fsync = settings.fsync
         self._min_free_bytes = settings.min_free_bytes()
         page_bytes, max_bytes = HEADER_BYTES + context.page_bytes, settings.max_bytes()
+        self._max_bytes = max_bytes
         if max_bytes and max_bytes < page_bytes:
             raise StorageError(
                 f"max_size={settings.max_size} is less than one page of {page_bytes} bytes; give more, or 0: no limit",
@@ -197,9 +198,16 @@ class FileBackend(StorageBackend):
         self._share.use_namespace(namespace)
 
     def info(self) -> dict[str, str]:
-        max_bytes, why = self._share.limits.max_bytes, self._evictor.why
-        max_size = size_text(max_bytes) if max_bytes else "no limit" if why else "known when all pages are counted"
-        return {"path": str(self._root), "fsync": self._fsync, "max_size": max_size, "why": why}
+        max_bytes = self._share.limits.max_bytes
+        if max_bytes:
+            max_size = size_text(max_bytes)
+        elif self._max_bytes == 0:
+            max_size = "no limit"
+        else:
+            # Asked at the end of an attach, which does not wait until a large folder is counted.
+            max_size = "a share of the disk: max_bytes in the stats, when all pages are counted"
+        facts = {"path": str(self._root), "fsync": self._fsync, "max_size": max_size}
+        return facts | ({"why": self._evictor.why} if self._evictor.why else {})
 
     def stats(self) -> dict[str, int]:
         view = self._share.view

@@ -38,7 +38,7 @@ def test_they_are_told_after_the_open_after_work_and_at_the_end(rank: Rank) -> N
     assert rank.next_message(_is_stats).stats["used_pages"] == 0
     rank.write(1, 5)
     assert rank.end_of(1).pages == 5
-    assert rank.next_message(_is_stats).stats["used_pages"] == 5
+    assert rank.next_message(lambda message: _is_stats(message) and message.stats["used_pages"] == 5)
     rank.write(2, 7)
     assert rank.end_of(2).pages == 7
     rank.client.stop()
@@ -59,7 +59,13 @@ def test_an_idle_process_is_not_woken() -> None:
     clock.now_s += 0.1
     assert stats.wait_ms() <= 1
     clock.now_s += 0.01
-    assert stats.is_due()
-    assert stats.wait_ms() is None and not stats.is_due(), "told once, and then asleep"
+    assert stats.is_due() and not stats.is_due()
+    assert stats.wait_ms() > 1001, "told once more later, when the others on the folder are counted"
+    clock.now_s += 4
     stats.activity()
-    assert stats.wait_ms() is not None
+    assert 0 < stats.wait_ms() <= 1001, "what happens meanwhile does not wait for that"
+    clock.now_s += 1.1
+    assert stats.is_due()
+    clock.now_s += 5.1
+    assert stats.is_due()
+    assert stats.wait_ms() is None and not stats.is_due(), "and then asleep"
