@@ -442,7 +442,7 @@ ToStorage = OpenBackend | LookupPages | ReadPages | WritePages | RevokeOp | Clea
 
 #: What a storage process says is added up and told on: a number that no message can carry any more would end the rank,
 #: and names without end would fill its memory.
-PageCount = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+PageCount = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 LARGEST_STAT = 1 << 60
 _StatName = Annotated[str, msgspec.Meta(max_length=64)]
 _Stat = Annotated[int, msgspec.Meta(ge=-LARGEST_STAT, le=LARGEST_STAT)]
