@@ -78,6 +78,8 @@ class ModelWorker:
             device=self._device,
             group=self._group,
         )
+        if self._config.weights_digest:
+            _check_unchanged_blocking(self._config.path, self._config.weights_digest)
         self._layout = _layout(config, self._config.dtype, page_size, self._group)
         if self._numerics is Numerics.EXACT:
             make_invariant(self._model)
@@ -145,9 +147,7 @@ class ModelWorker:
         if here != there or config.tie_word_embeddings != model.config.tie_word_embeddings:
             raise UserError(f"{path} is of another architecture: {there}; the server runs {here}")
         weights = read_weights(path, model, check)
-        # The digest becomes part of every page's name: a file that changed since it was made would poison the store.
-        if weights_digest(path, default_cache_file()) != digest:
-            raise UserError(f"the weights in {path} changed while they were read; update again when they are whole")
+        _check_unchanged_blocking(path, digest)
         return weights
 
     def _take_next_blocking(self, weights: dict[str, torch.Tensor]) -> None:
@@ -174,6 +174,13 @@ class ModelWorker:
         # The name of an instruction set says too little (AVX512 stands for CPUs that round differently), so what
         # the self-check computed is part of it.
         return f"exact:{self._group.size}:{self._device.type}:{torch.__version__}:{isa}-{fingerprint}"
+
+
+def _check_unchanged_blocking(path: str, digest: str) -> None:
+    """After the weights were read.  The digest is part of every page's name: under that of files which changed since it
+    was made, the pages of these weights would be found by whoever serves the others."""
+    if weights_digest(path, default_cache_file()) != digest:
+        raise UserError(f"the weights in {path} changed while they were read; try again when they are whole")
 
 
 def _device(model: ModelConfig, rank: int) -> torch.device:

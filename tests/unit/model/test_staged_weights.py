@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from sglang_hicache.errors import IntegrityError
+from sglang_hicache.errors import IntegrityError, UserError
 from sglang_hicache.weights_digest import weights_digest
 from sglang_hicache.workers import weights
 from sglang_hicache.workers.model_worker import ModelWorker
@@ -83,6 +83,15 @@ def test_files_that_are_not_what_their_digest_says_are_refused(tmp_path: Path, l
     """They changed after the digest was made: under it, the pages of these weights would be found by others."""
     save_model(tmp_path / "new", config_of("llama"))
     assert "changed while they were read" in stage(llama_worker, tmp_path / "new", digest="0" * 64)
+
+
+def test_files_that_change_while_a_server_starts_are_refused(tmp_path: Path) -> None:
+    """The launcher makes the digest, and the ranks read the weights up to minutes later: a download may go on."""
+    save_model(tmp_path / "model", config_of("llama"))
+    digest = weights_digest(str(tmp_path / "model"), str(tmp_path / "digests"))
+    open_worker(model_config(tmp_path / "model", weights_digest=digest), 16).close()
+    with pytest.raises(UserError, match="changed while they were read"):
+        open_worker(model_config(tmp_path / "model", weights_digest="0" * 64), 16)
 
 
 def test_a_tensor_of_another_shape_is_refused_before_it_is_read(
