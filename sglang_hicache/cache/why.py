@@ -47,13 +47,14 @@ def _not_written(tiers: Tiers, now_us: int) -> Iterator[str]:
         yield "backups are held back: the weights are about to change"
     if full.since_us is not None:
         yield (
-            f"the store has been full for {_seconds(now_us - full.since_us)}: one write tries again in "
-            f"{_seconds(full.probe_at_us - now_us)}"
+            f"the store has been full for {_seconds(now_us - full.since_us)} (last_error says how full): one write tries "
+            f"again in {_seconds(full.probe_at_us - now_us)}"
         )
     due_us = line.next_due_us()
     if due_us is not None:
         wait = _seconds(due_us - now_us)
-        yield f"the store failed: {line.retrying()} nodes wait for another attempt, the first in {wait}"
+        nodes = f"{line.retrying()} nodes wait for another attempt, the first in {wait}"
+        yield f"the store failed (last_error says how): {nodes}"
     if line.fresh.line and tiers.ops.count(OpKind.WRITE) >= MAX_WRITES:
         yield f"{len(line.fresh.line)} backups wait: {MAX_WRITES} writes are under way, the most that may be"
     elif _is_held_by_locks(tiers) and full.since_us is None and not queue.is_held:
