@@ -47,8 +47,8 @@ def _not_written(tiers: Tiers, now_us: int) -> Iterator[str]:
         yield "backups are held back: the weights are about to change"
     if full.since_us is not None:
         yield (
-            f"the store has been full for {_seconds(now_us - full.since_us)} (last_error says how full): one write tries "
-            f"again in {_seconds(full.probe_at_us - now_us)}"
+            f"the store has been full for {_seconds(now_us - full.since_us)} (last_error says how full): one write "
+            f"tries again in {_seconds(full.probe_at_us - now_us)}"
         )
     due_us = line.next_due_us()
     if due_us is not None:
