@@ -20,7 +20,7 @@ from starlette.responses import Response
 from sglang_hicache.config import PREFETCH_POLICIES, WRITE_POLICIES
 from sglang_hicache.errors import UserError
 from sglang_hicache.extra_config import extra_config_json
-from sglang_hicache.observe import learn_secrets, redacted, without_secrets
+from sglang_hicache.observe import REDACTED, learn_secrets, redacted, without_secrets
 from sglang_hicache.storage import registry
 from sglang_hicache.tokenizer.api import AttachBody, decode_body
 from sglang_hicache.tokenizer.manager import Unavailable
@@ -206,7 +206,11 @@ class AdminRoutes:
 def echo(extra_config: str) -> str:
     """What may be shown of an extra config: texts under a secret's name and logins in URLs are replaced."""
     try:
-        text = json.dumps(redacted(json.loads(extra_config)), ensure_ascii=False)
+        shown = redacted(json.loads(extra_config))
+        # Whoever gives something else than a key file has perhaps given the key.
+        if isinstance(shown, dict) and isinstance(shown.get("encryption"), (str, list, int, float)):
+            shown["encryption"] = REDACTED
+        text = json.dumps(shown, ensure_ascii=False)
     except (ValueError, RecursionError):
         return _unparsed(extra_config)
     # Half a surrogate pair, which JSON can write and UTF-8 cannot.

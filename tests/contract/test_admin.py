@@ -407,3 +407,11 @@ def test_a_secret_that_once_came_over_http_stays_hidden(server: FakeServer) -> N
 def test_half_a_surrogate_pair_is_a_mistake_not_a_defect(server: FakeServer, text: str) -> None:
     reply = put(server, FILE | {"hicache_storage_backend_extra_config_json": text})
     assert reply.status_code == 400, reply.text
+
+
+@pytest.mark.parametrize("given", ["c2VjcmV0LWtleQ==", ["c2VjcmV0LWtleQ=="]])
+def test_a_key_in_the_place_of_its_file_is_not_repeated(server: FakeServer, given: Any) -> None:
+    config = json.dumps({"encryption": given})
+    reply = put(server, {"hicache_storage_backend": "file", "hicache_storage_backend_extra_config_json": config})
+    assert reply.status_code == 400 and "key_file" in reply.text
+    assert "c2Vj" not in reply.text
