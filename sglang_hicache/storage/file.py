@@ -30,7 +30,7 @@ from sglang_hicache.storage.backend import OpenContext, PageOutcome, PageResult,
 from sglang_hicache.storage.capacity import Limits, default_min_free_bytes, size_text
 from sglang_hicache.storage.file_evictor import Evictor
 from sglang_hicache.storage.file_folder import Lease, make_private, storage_folder, sweep, with_environment
-from sglang_hicache.storage.file_pages import READ_FLAGS, TMP, TOUCH_INTERVAL_S, read_header, walk_blocking
+from sglang_hicache.storage.file_pages import READ_FLAGS, TMP, TOUCH_INTERVAL_S, page_path, read_header, walk_blocking
 from sglang_hicache.storage.file_quarantine import set_aside_blocking, trim_blocking
 from sglang_hicache.storage.file_share import Share
 from sglang_hicache.storage.file_transfer import fill_blocking, pour_blocking, sync_folder_blocking
@@ -66,7 +66,8 @@ class FileBackend(StorageBackend):
     def __init__(self, settings: FileSettings, context: OpenContext) -> None:
         settings = with_environment(settings)
         self._root = storage_folder(settings.file_storage_path)
-        self._prefix = f"{self._root}/"
+        #: As text, because making it costs more than looking up a page.
+        self._folder = str(self._root)
         #: Whoever else could write here once may have left pages; what they say is not what this model computed.
         self._user = os.geteuid()
         self._fsync = settings.fsync
@@ -84,7 +85,6 @@ class FileBackend(StorageBackend):
         self._share = Share(self._root, context.rank, limits, lease, lambda: self._evictor.wake())
         self._evictor = Evictor(self._share, max_bytes)
         self._helpers = ThreadPoolExecutor(READERS - 1, "file reader")
-        self._set_aside_pages = 0
         self._no_space_pages = 0
 
     def __repr__(self) -> str:
@@ -163,12 +163,11 @@ class FileBackend(StorageBackend):
         try:
             if not set_aside_blocking(self._root, self._path(name), name):
                 return False
-            freed_bytes = trim_blocking(self._root, self._share.limits.max_bytes)
+            self._share.changed(0, -1)
+            self._share.changed(-trim_blocking(self._root, self._share.limits.max_bytes), 0)
         except OSError as error:
             raise _fault("cannot set a page aside", error) from error
-        self._share.changed(-freed_bytes, -1)
         self._share.tell()
-        self._set_aside_pages += 1
         return True
 
     def clear_blocking(self, namespace: str) -> int:
@@ -218,7 +217,6 @@ class FileBackend(StorageBackend):
             "foreign_files": view.foreign_files,
             "evicted_pages": self._evictor.evicted_pages,
             "expired_pages": self._evictor.expired_pages,
-            "set_aside_pages": self._set_aside_pages,
             "no_space_pages": self._no_space_pages,
             "max_bytes": self._share.limits.max_bytes,
             "free_bytes": view.free_bytes,
@@ -230,9 +228,7 @@ class FileBackend(StorageBackend):
         self._share.close_blocking()
 
     def _path(self, name: PageName) -> str:
-        namespace, raw_key, head_start, head_end = name
-        key = raw_key.hex()
-        return f"{self._prefix}{namespace}/{key[:2]}/{key}.{head_start}-{head_end}.page"
+        return page_path(self._folder, name)
 
     def _delete(self, path: str) -> bool:
         """Remove a page and count it; False if it was not there."""

@@ -37,10 +37,11 @@ TICK_S = 1.0
 #: How often it looks for what no lease tells of: files that somebody else has deleted.
 _RECOUNT_S = 600.0
 
-#: While pages are being written, this many times as long as a count takes until the next one.
-_COUNT_REST = 100
+#: After a count, and after a search for old pages, this many times as long as it took until the next one.
+_REST = 100
 
-#: Pages past their time are looked for this often, more often where their time is short.
+#: Pages past their time are looked for this often, more often where their time is short, and less often where looking
+#: through all pages takes long.
 _EXPIRY_S = 60.0
 
 #: A walk over many pages lets the lanes have the interpreter for a moment.
@@ -77,8 +78,9 @@ class Evictor:
         self._complaint = ""
         #: After a search that found nothing to delete: writers that are refused would have it repeated at once.
         self._rests_until_s = 0.0
-        #: How long the last count took.
+        #: How long the last count took, and the last search for the first page to delete.
         self.count_s = 0.0
+        self.search_s = 0.0
         #: Where the limit comes from; "" until it is known.
         self.why = ""
         self.evicted_pages = 0
@@ -128,8 +130,10 @@ class Evictor:
 
     def tick_blocking(self) -> None:
         """Look around once, and do what is to be done."""
-        self._keep_house()
-        self._share.look_blocking()
+        try:
+            self._keep_house()
+        finally:
+            self._share.look_blocking()
 
     def _keep_house(self) -> None:
         if not self._has_lock():
@@ -144,12 +148,15 @@ class Evictor:
         assert self._usage is not None
         self._learn_limit(self._usage)
         ttl_s = min((lease.ttl_s for lease in self._users() if lease.ttl_s), default=0)
-        is_expiry_due = ttl_s and _is_over(now_s, self._expired_s, min(_EXPIRY_S, ttl_s / 10))
-        if is_expiry_due or self._excess():
+        expiry_rest_s = max(min(_EXPIRY_S, ttl_s / 10), _REST * self.search_s)
+        failure = None
+        if (ttl_s and _is_over(now_s, self._expired_s, expiry_rest_s)) or self._excess():
             self._count()
-            self._evict(int(now_s - ttl_s - TOUCH_INTERVAL_S) if ttl_s else None)
+            failure = self._evict(int(now_s - ttl_s - TOUCH_INTERVAL_S) if ttl_s else None)
             self._expired_s = now_s
         self._publish()
+        if failure is not None:
+            raise failure
 
     def _has_lock(self) -> bool:
         """Is this the process that evicts?  Tries to become it."""
@@ -220,7 +227,7 @@ class Evictor:
     def _rest_s(self) -> float:
         """How long the sum is good enough.  What was written during the count may be in it twice, and what is written
         since shows in the leases: then it is time for another one as soon as that costs little."""
-        return _RECOUNT_S if self._leases == self._leases_then else max(TICK_S, _COUNT_REST * self.count_s)
+        return _RECOUNT_S if self._leases == self._leases_then else max(TICK_S, _REST * self.count_s)
 
     def _users(self) -> list[Lease]:
         """All processes on this root.  On a full disk this one may have no lease to show."""
@@ -260,15 +267,23 @@ class Evictor:
         disk = os.statvfs(self._share.root)
         return self._limits().excess(self._usage.bytes_now(self._leases), disk.f_bavail * disk.f_frsize)
 
-    def _evict(self, unused_since: int | None) -> None:
-        """Delete what is past its time, and as much again as is too much."""
+    def _evict(self, unused_since: int | None) -> OSError | None:
+        """Delete what is past its time, and as much again as is too much; the first error of the system."""
+        started_s = time.monotonic()
         excess = self._excess()
         in_use = {lease.namespace for lease in self._users()}
-        taken = 0
-        for page, is_expired in self._index.catalogue.victims(in_use, unused_since, self._breathe):
+        taken, failure = 0, None
+        victims = self._index.catalogue.victims(in_use, unused_since, self._breathe)
+        for number, (page, is_expired) in enumerate(victims):
+            if not number:
+                self.search_s = time.monotonic() - started_s
             if excess <= 0 and not is_expired:
                 break
-            freed = self._take_out(page, is_expired)
+            try:
+                freed = self._take_out(page, is_expired)
+            except OSError as error:
+                # One file that cannot be deleted must not keep all others from it.  Its parents stay: it is there.
+                failure, freed = failure or error, 0
             excess -= freed
             taken += freed > 0
             if taken % _PUBLISH_PAGES == 0:
@@ -278,6 +293,7 @@ class Evictor:
         self._index.drop_folders_blocking(in_use)
         if not taken:
             self._rests_until_s = time.monotonic() + TICK_S
+        return failure
 
     def _take_out(self, page: Page, is_expired: bool) -> int:
         """Delete a page unless it was used or replaced meanwhile; bytes that this gave."""
@@ -313,9 +329,16 @@ class Evictor:
         self._usage = msgspec.structs.replace(self._usage, bytes=self._usage.bytes - freed_bytes, files=left)
 
     def _publish(self) -> None:
-        """Tell the others, if there is something new."""
+        """Tell the others, if there is something new.  With what the leases say: when the last of them is gone, the next
+        process would else write too much until it has counted."""
         assert self._usage is not None
-        usage = msgspec.structs.replace(self._usage, max_bytes=self._limits().max_bytes)
+        usage = msgspec.structs.replace(
+            self._usage,
+            bytes=self._usage.bytes_now(self._leases),
+            max_bytes=self._limits().max_bytes,
+            files=self._usage.files_now(self._leases),
+            counted={name: (lease.bytes, lease.files) for name, lease in self._leases.items()},
+        )
         if usage != self._published:
             self._share.publish_blocking(usage)
             self._published = usage

@@ -8,6 +8,7 @@ the process's *lease*: whose pages it reads, how much it lets the store take, an
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import os
@@ -111,7 +112,7 @@ class TemporaryFolder:
         return f"{self.path}/{next(self._numbers)}"
 
     def close(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        _remove(self.path)
         os.close(self._lock)
 
 
@@ -224,13 +225,28 @@ def sweep(parent: Path) -> None:
     for folder in [path for path in parent.iterdir() if _TEMPORARY.fullmatch(path.name)]:
         try:
             lock = os.open(folder / "lock", os.O_RDWR | _LOOK_FLAGS)
+        except FileNotFoundError:
+            # Just being made, and then its maker makes another one; or left by one that died in between.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+            continue
         except OSError:
             # As above.
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         except BlockingIOError:
             continue
         finally:
             os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a temporary folder, its lock last: what a process that is killed meanwhile leaves can be told from what
+    others are making, and swept."""
+    for entry in entries_blocking(folder):
+        if entry.name != "lock":
+            with contextlib.suppress(OSError):
+                os.unlink(entry.path)
+    shutil.rmtree(folder, ignore_errors=True)

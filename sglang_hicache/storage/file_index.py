@@ -58,8 +58,10 @@ class FileIndex:
     def refresh_blocking(self, breathe: Callable[[], None]) -> None:
         """Learn what has changed.  `breathe` is called every now and then, and may raise to end this early."""
         for page in self._doubtful:
+            # First, because a page that was removed has no names any more.
+            for name in page.names:
+                self._listed.pop(os.path.dirname(page_path(self._root, name)), None)
             self.catalogue.remove(page)
-            self._listed.pop(str(self._folder(page)), None)
         self._doubtful.clear()
         beside: list[str] = []
         places = {}
@@ -91,9 +93,6 @@ class FileIndex:
                 for fan_out in entries_blocking(self._root / namespace):
                     os.rmdir(fan_out.path)
                 os.rmdir(self._root / namespace)
-
-    def _folder(self, page: Page) -> Path:
-        return Path(page_path(self._root, page.names[0])).parent
 
     def _refresh_folder(self, folder: PageFolder) -> None:
         try:

@@ -126,9 +126,10 @@ class Share:
     def temporary_path(self) -> str:
         """Where to write a page that has no name yet.  FileNotFoundError: there is no such place, and `open_blocking`
         may make one."""
-        if self._temporary is None:
+        temporary = self._temporary
+        if temporary is None:
             raise FileNotFoundError(errno.ENOENT, "no temporary folder")
-        return self._temporary.next_path()
+        return temporary.next_path()
 
     def claim(self, size_bytes: int) -> bool:
         """May a page of this size be written now?"""
@@ -197,9 +198,11 @@ class Share:
 
     def publish_blocking(self, usage: Usage) -> None:
         """Tell every process on this root what was counted."""
-        if self._temporary is None:
+        # Once: a lane may make another folder this moment.
+        folder = self._temporary
+        if folder is None:
             return
-        temporary = self._temporary.path / "usage"
+        temporary = folder.path / "usage"
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         try:
             raw = msgspec.json.encode(usage)

@@ -121,6 +121,27 @@ class TestTemporaryFiles:
         assert used.exists()
         assert _write(living, 1).pages == 1
 
+    def test_what_a_killed_sweeper_or_maker_left_can_be_swept(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Killed between any two steps: a lock that nobody holds is left, or nothing but an empty folder."""
+        dead, unmade = root / "tmp" / "0-000000000000dead", root / "tmp" / "0-00000000000000ff"
+        for folder in (dead, unmade):
+            folder.mkdir(parents=True)
+        for name in ("0", "lock", "zz"):
+            (dead / name).touch()
+        removed: list[str] = []
+        unlink = os.unlink
+
+        def note(path: Any, **kwargs: Any) -> None:
+            removed.append(os.path.basename(path))
+            unlink(path, **kwargs)
+
+        monkeypatch.setattr(os, "unlink", note)
+        file_folder.sweep(root / "tmp")
+        assert sorted(removed) == ["0", "lock", "zz"] and removed[-1] == "lock"
+        assert list((root / "tmp").iterdir()) == []
+
     def test_failed_write_leaves_no_file(self, open_backend: Open, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         backend = open_backend("file", {"file_storage_path": str(root)})
 

@@ -186,8 +186,36 @@ class TestOrder:
         house.tick()
         assert paths[0].exists()
         assert len(numbers(root)) == 10
+        assert house.share.view.foreign_files == 0
+        house.now_s += 601
         house.tick()
         assert paths[0].exists()
+        assert house.share.view.foreign_files == 1
+        assert house.share.view.used_bytes == 9 * PAGE
+
+    def test_a_page_that_cannot_be_deleted_keeps_no_other_one(
+        self, start: Start, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An immutable file, a bad sector: the oldest page would stop every search at its first step."""
+        parent = put(root, 1, age_s=9000)
+        stuck = put(root, 2, parent=1, depth=1, age_s=9000)
+        for number in range(3, 21):
+            put(root, number, age_s=number)
+        unlink = os.unlink
+
+        def refuse(path: Any, **kwargs: Any) -> None:
+            if str(path) == str(stuck):
+                raise PermissionError(1, "Operation not permitted", str(path))
+            unlink(path, **kwargs)
+
+        monkeypatch.setattr(os, "unlink", refuse)
+        house = start(max_bytes=20 * PAGE)
+        with pytest.raises(PermissionError):
+            house.tick()
+        assert parent.exists() and stuck.exists()
+        assert len(numbers(root)) == 10
+        assert house.share.view.used_bytes == 10 * PAGE
+        assert house.share.view.own_files == 10
 
     @pytest.mark.parametrize("seed", range(4))
     def test_random_trees_stay_prefix_closed(self, start: Start, root: Path, seed: int) -> None:
@@ -217,6 +245,18 @@ class TestTimeToLive:
         house.now_s += 200
         house.tick()
         assert numbers(root) == [0]
+
+    def test_a_large_store_is_searched_less_often(self, start: Start, root: Path) -> None:
+        house = start(ttl_s=1000)
+        house.tick()
+        put(root, 1, age_s=5000)
+        house.evictor.search_s = 3.0
+        house.now_s += 299
+        house.tick()
+        assert numbers(root) == [1]
+        house.now_s += 2
+        house.tick()
+        assert numbers(root) == []
 
     def test_the_shortest_time_of_the_living_holds(self, start: Start, root: Path) -> None:
         put(root, 1, age_s=5000)
@@ -284,10 +324,14 @@ class TestCount:
         second.close()
         first.tick()
         assert first.share.view.used_bytes == 11 * PAGE
+        first.write(8)
+        first.tick()
         first.close()
         third = start()
+        third.share.look_blocking()
+        assert third.share.view.used_bytes == 12 * PAGE, "before it has counted"
         third.tick()
-        assert third.share.view.used_bytes == 11 * PAGE
+        assert third.share.view.used_bytes == 12 * PAGE
 
     @pytest.mark.parametrize("is_told", [True, False])
     def test_a_page_deleted_during_the_count_is_not_less_than_none(
@@ -352,8 +396,9 @@ class TestCount:
     ) -> None:
         house = start(max_bytes=10 * PAGE)
         (root / QUARANTINE).mkdir()
-        (root / QUARANTINE / "bad").write_bytes(bytes(20 * PAGE))
+        (root / QUARANTINE / f"{'0' * 20}-{'5a' * 8}-{'00' * 32}.0-2.page").write_bytes(bytes(20 * PAGE))
         house.tick()
+        assert house.share.view.used_bytes == 20 * PAGE
         monkeypatch.setattr(house.evictor, "_evict", lambda unused_since: pytest.fail("searched again"))
         monkeypatch.setattr(file_evictor.time, "monotonic", lambda: 0.0)
         house.tick()
