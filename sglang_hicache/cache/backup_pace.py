@@ -7,7 +7,7 @@
     uploads               bounded in rate, and after all fresh backups
     a full store          one write at a time tries whether there is room again
 
-Asked by `BackupQueue`; replicated, so the only clock is the plan's.
+Asked by `BackupWriter`; replicated, so the only clock is the plan's.
 """
 
 from __future__ import annotations
