@@ -267,13 +267,13 @@ def _why(answers: Sequence[StatusAnswer | None]) -> list[str]:
     for rank, answer in enumerate(answers):
         for sentence in answer.why if answer else ("the rank is silent",):
             said.setdefault(_NUMBER.sub("0", sentence), {})[rank] = sentence
-    return [
-        text
-        for by_rank in said.values()
-        for text in (
-            [by_rank[0]] if len(by_rank) == len(answers) else [f"rank {rank}: {each}" for rank, each in by_rank.items()]
-        )
-    ]
+    found: list[str] = []
+    for by_rank in said.values():
+        if len(by_rank) == len(answers):
+            found.append(by_rank[0])
+        else:
+            found += [f"rank {rank}: {sentence}" for rank, sentence in by_rank.items()]
+    return found
 
 
 def _check_choice(name: str, value: str | None, allowed: tuple[str, ...]) -> None:
