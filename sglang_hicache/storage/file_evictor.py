@@ -329,8 +329,8 @@ class Evictor:
         self._usage = msgspec.structs.replace(self._usage, bytes=self._usage.bytes - freed_bytes, files=left)
 
     def _publish(self) -> None:
-        """Tell the others, if there is something new.  With what the leases say: when the last of them is gone, the next
-        process would else write too much until it has counted."""
+        """Tell the others, if there is something new.  With what the leases say: when the last of them is gone, the
+        next process would else write too much until it has counted."""
         assert self._usage is not None
         usage = msgspec.structs.replace(
             self._usage,

@@ -31,6 +31,9 @@ from sglang_hicache.storage.page_format import HEADER_BYTES, PageName, parse_hea
 #: A folder that changed so recently may change again without a new time: it is listed once more.
 _FRESH_NS = 2_000_000_000
 
+#: A folder with many pages that are new to us takes seconds, on a slow disk minutes: a store must close sooner.
+_STRIDE = 256
+
 
 class FileIndex:
     """The pages under one root."""
@@ -68,7 +71,7 @@ class FileIndex:
         for folder in folders_blocking(self._root, foreign=beside):
             breathe()
             places[folder.namespace, int(Path(folder.path).name, 16)] = folder
-            self._refresh_folder(folder)
+            self._refresh_folder(folder, breathe)
         for place in self.catalogue.shelves():
             if place not in places:
                 for page in self.catalogue.shelf(*place):
@@ -94,23 +97,25 @@ class FileIndex:
                     os.rmdir(fan_out.path)
                 os.rmdir(self._root / namespace)
 
-    def _refresh_folder(self, folder: PageFolder) -> None:
+    def _refresh_folder(self, folder: PageFolder, breathe: Callable[[], None]) -> None:
         try:
             changed_ns = os.stat(folder.path).st_mtime_ns
         except FileNotFoundError:
             return
         if self._listed.get(folder.path) == changed_ns:
             return
-        self._list(folder)
+        self._list(folder, breathe)
         self._listed[folder.path] = changed_ns if time.time_ns() - changed_ns > _FRESH_NS else 0
 
-    def _list(self, folder: PageFolder) -> None:
+    def _list(self, folder: PageFolder, breathe: Callable[[], None]) -> None:
         found: set[PageName] = set()
         foreign = 0
         known = {
             name for page in self.catalogue.shelf(folder.namespace, int(folder.path[-2:], 16)) for name in page.names
         }
-        for entry in entries_blocking(folder.path):
+        for number, entry in enumerate(entries_blocking(folder.path), 1):
+            if number % _STRIDE == 0:
+                breathe()
             name = page_name(folder, entry.name)
             if name in known:
                 found.add(name)

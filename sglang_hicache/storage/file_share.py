@@ -46,7 +46,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, int]
     #: What lies under the root and is not ours.
     foreign_files: int
-    #: By lease: bytes and files that it had counted when this was counted.
+    #: By lease: of the bytes and files that it tells, those that are in these sums.
     counted: dict[str, tuple[int, int]]
 
     def bytes_now(self, leases: Mapping[str, Lease]) -> int:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from sglang_hicache.storage import file_evictor
+from sglang_hicache.storage import file_evictor, file_index
+from sglang_hicache.storage.file_index import FileIndex
 from sglang_hicache.storage.file_pages import QUARANTINE, USAGE
 from tests.storage import pages
 from tests.storage.store_world import NOW_S, OTHER, PAGE, House, age, numbers, put, stored_bytes
@@ -402,6 +403,17 @@ class TestCount:
         monkeypatch.setattr(house.evictor, "_evict", lambda unused_since: pytest.fail("searched again"))
         monkeypatch.setattr(file_evictor.time, "monotonic", lambda: 0.0)
         house.tick()
+
+    def test_a_count_can_be_ended_in_the_middle_of_a_folder(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for number in range(1, 9):
+            put(root, number)
+        index, breaths = FileIndex(root), iter(range(3))
+        monkeypatch.setattr(file_index, "_STRIDE", 2)
+        with pytest.raises(StopIteration):
+            index.refresh_blocking(lambda: next(breaths) and None)
+        assert 0 < len(index.catalogue) < 8
 
     def test_what_stops_it_is_said_once_until_it_works_again(
         self, start: Start, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
