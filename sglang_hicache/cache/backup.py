@@ -3,7 +3,14 @@
 A node is offered when it has a host copy and is not marked stored under the present tag (epoch, store generation):
 when its copy has landed, when a request comes by, when its parent is stored.  Its parent is stored or waits, too, so
 that what the store holds is prefix-closed.  Who is given up is *dirty*: offered again when a request touches it the
-next time, or storage is attached anew.  `Books` counts each way in which a page stays unstored, `BackupWriter` writes.
+next time, or storage is attached anew.
+
+    offered -> PARENT -> LINE -> WRITING -> stored          turns of a node: `backup_line.py`
+                          ^         |
+                        RETRY <-----'  stopped short: the node is divided, and the rest is tried again
+    any of them -> lost, for a `Loss` -> offered again
+
+`BackupLine` knows who waits, `backup_pace.py` when a write may start, `BackupWriter` writes, and `Books` counts.
 
 Attaching offers what device and host hold already, as uploads: in the background, behind every fresh backup.
 
