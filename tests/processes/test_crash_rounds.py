@@ -287,13 +287,12 @@ def _drain_log(server: Server) -> None:
 
 def run_real(folder: Path, seed: int, victims: list[str], tp_size: int = 1) -> None:
     rounds = RealRounds(folder, seed, len(victims), tp_size)
-    try:
+    with ExitStack() as undo:
+        undo.callback(rounds.abandon)
         for number, victim in enumerate(victims):
             rounds.round(number, victim)
         rounds.close()
-    except BaseException:
-        rounds.abandon()
-        raise
+        undo.pop_all()
     assert rounds.caught > len(victims), "nobody died in the middle of anything"
 
 
