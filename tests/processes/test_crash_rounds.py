@@ -11,6 +11,7 @@ import os
 import random
 import select
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
