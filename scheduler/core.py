@@ -77,7 +77,6 @@ class SchedulerCore:
         config: ServerConfig,
         rank: int,
         make_stop_text: Callable[[wire.SamplingParams, Sequence[int]], StopText | None] = no_stop_text,
-        page_bytes: int = 0,
     ) -> None:
         self._config = config
         self._make_stop_text = make_stop_text
@@ -85,7 +84,7 @@ class SchedulerCore:
         #: Longest sequence that can ever be computed here, in tokens.
         self.longest_tokens = min(config.model.context_length, config.pool.device_tokens)
         self.tick = 0
-        self.tiers = Tiers(config, self._digest, page_bytes)
+        self.tiers = Tiers(config, self._digest)
         self.waiting = WaitingQueue(config.scheduler.schedule_policy)
         self._pages = RequestPages(
             self.tiers.controller, self.tiers.backup, config.pool.page_size, config.cache.reuse_prefixes
@@ -93,9 +92,7 @@ class SchedulerCore:
         self.admission = Admission(config, self.waiting, self._pages, self.tiers.prefetcher, self.tiers.slot)
         served = Served()
         self._results = Results(config.model, self.admission, self._pages, self.longest_tokens, served)
-        self.update = WeightsUpdate(
-            rank, config.model, self.tiers, self.waiting, self.admission, self._digest
-        )
+        self.update = WeightsUpdate(rank, config.model, self.tiers, self.waiting, self.admission, self._digest)
         self.status = RankStatus(rank, self.tiers, self.waiting, self.admission, served)
         self.commands = Commands(rank, self.tiers, self._load, config.cache.hierarchical)
         self._requests: dict[str, Request] = {}

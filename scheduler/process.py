@@ -84,8 +84,7 @@ def make_host_pool(config: ServerConfig, layout: KVLayout) -> HostPool | None:
 def wire_up(child: Child, worker: Worker, host: HostPool | None, stack: contextlib.ExitStack) -> TickLoop:
     """Core, driver and sockets of one rank; `stack` gives them back."""
     config, rank, run_dir = child.config, child.rank, child.config.run_dir
-    stop_texts = StopWatch.maker(config.model.tokenizer_path)
-    core = SchedulerCore(config, rank, stop_texts, worker.layout.page_bytes)
+    core = SchedulerCore(config, rank, StopWatch.maker(config.model.tokenizer_path))
     poller = Poller()
     launcher = StorageLauncher(config, rank, worker.layout, host)
     driver = StorageDriver(launcher, poller)

@@ -88,7 +88,7 @@ class RankStatus:
             write_policy=controller.write_policy,
             counters=self._counters(),
             totals=self._by_backend(),
-            lost_tokens={str(reason): tokens for reason, tokens in tiers.backup.lost.items()},
+            lost_tokens={str(reason): tokens for reason, tokens in tiers.backup.books.lost.items()},
             why=why(tiers, self._now_us),
             histograms=self._tiers.measures.snapshot() | self._served.histograms(),
             load=self._load(),
@@ -96,11 +96,11 @@ class RankStatus:
 
     def _storage_counters(self) -> Counter[str]:
         """In tokens: what a backend has to do with."""
-        prefetcher, backup = self._tiers.prefetcher, self._tiers.backup
+        prefetcher, books = self._tiers.prefetcher, self._tiers.backup.books
         found = Counter({f"prefetch_{name}_tokens": n for name, n in prefetcher.counters.items()})
-        found.update({f"backup_{name}_tokens": n for name, n in backup.counters.items()})
-        found.update({f"lost_{reason}_tokens": n for reason, n in backup.lost.items()})
-        found["lost_tokens"] = backup.lost.total()
+        found.update({f"backup_{name}_tokens": n for name, n in books.counters.items()})
+        found.update({f"lost_{reason}_tokens": n for reason, n in books.lost.items()})
+        found["lost_tokens"] = books.lost.total()
         return found
 
     def _counters(self) -> dict[str, int]:

@@ -45,7 +45,6 @@ class BackupQueue(Watcher):
         self.tag: tuple[int, int] | None = None
         self.line = BackupLine()
         self.books = Books(page_size)
-        self.counters, self.lost = self.books.counters, self.books.lost
         #: Nodes on the device only: an upload copies those to the host that the policy wants there, while there is
         #: room.
         self.to_copy: deque[Node] = deque()
@@ -156,9 +155,9 @@ class BackupQueue(Watcher):
     def found(self, node: Node, tag: tuple[int, int]) -> None:
         """A read has brought these pages from the store."""
         entry = self.line.get(node)
-        if entry is not None and (tag != self.tag or entry.turn is Turn.WRITING):
+        if tag != self.tag or (entry is not None and entry.turn is Turn.WRITING):
             return
-        if entry is not None:
+        if entry is not None or node.lost is not None:
             self.line.remove(node)
             self.books.found(node)
         node.stored = tag
@@ -176,7 +175,7 @@ class BackupQueue(Watcher):
 
     def _release(self, node: Node, is_upload: bool) -> None:
         """The children of a node that was stored, or turned out not to be."""
-        for child in list(node.children.values()):
+        for child in node.children.values():
             entry = self.line.get(child)
             if entry is not None:
                 if entry.turn in (Turn.PARENT, Turn.LINE):

@@ -9,6 +9,7 @@ was attached.  Replicated: dicts in order of arrival, no clock but the plan's.
 from __future__ import annotations
 
 import heapq
+from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum
 
@@ -44,8 +45,9 @@ class _Lot:
     def __init__(self) -> None:
         #: Everybody, in order of arrival.
         self.all: dict[int, Waiting] = {}
-        #: Those whose turn is LINE.
-        self.line: dict[int, Waiting] = {}
+        #: Those whose turn is LINE.  Ordered by links: for the first of a plain dict every tick would step over the
+        #: places of all that have left before it, and an upload may be as long as the host pool is large.
+        self.line: OrderedDict[int, Waiting] = OrderedDict()
         #: Those whose turn is WRITING.
         self.writing = 0
         self.pages = 0

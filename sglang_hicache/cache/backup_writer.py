@@ -151,7 +151,7 @@ class BackupWriter:
                 self._queue.written(entry, tag)
             elif present is None:
                 self._queue.lose(part, self._queue.ending)
-            elif was_cleared or end - part.page_count > op.done or op.reason == Loss.NO_SPACE:
+            elif was_cleared or end - part.page_count > op.done or op.reason in (Loss.NO_SPACE, "revoked"):
                 self._queue.place(entry)  # nothing is wrong with these pages
             else:
                 self._retry(entry, op, now_us)

@@ -55,13 +55,13 @@ class TierEffects:
 class Tiers:
     """Device, host and storage of one replica."""
 
-    def __init__(self, config: ServerConfig, digest: StateDigest, page_bytes: int = 0) -> None:
+    def __init__(self, config: ServerConfig, digest: StateDigest) -> None:
         pool, cache = config.pool, config.cache
         self.page_size = pool.page_size
         self.ops = OpTable(digest)
         self.slot = StorageSlot(digest)
         self.quarantine = Quarantine()
-        self.measures = Measures(page_bytes)
+        self.measures = Measures(pool.page_size * pool.token_bytes)
         self.controller = CacheController(
             cache,
             pool.page_size,

@@ -198,6 +198,21 @@ def test_flushed_what_an_upload_had_still_to_write() -> None:
     world.check()
 
 
+def test_what_another_server_has_stored_meanwhile_is_recovered_when_a_read_finds_it() -> None:
+    """1. The store refuses a page for good. 2. Another server writes it. 3. A read that had begun before brings it."""
+    world = world_with_storage(ranks=1)
+    refuse_writes(world, lambda rank, message, at: "io")
+    computed(world, prompt(1, 3))
+    assert lost(world) == {"backend_error": 3 * PAGE}
+    tiers = world.ranks[0].core.tiers
+    (node,) = tiers.controller.tree.nodes()
+    tiers.backup.found(node, (1, -1))
+    assert not books(world).counters["recovered"], "what was read before a clear proves nothing"
+    tiers.backup.found(node, (1, 0))
+    assert books(world).counters["recovered"] == 3 * PAGE
+    tiers.backup.check()
+
+
 def test_shutdown_counts_what_it_could_not_write_and_logs_one_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     world = world_with_storage()

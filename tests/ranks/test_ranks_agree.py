@@ -90,7 +90,7 @@ def test_the_world_reaches_what_it_is_meant_to_test() -> None:
     for seed in (1, 4, 5, 11):
         world = play(seed, rounds=8, steps=250)
         core = world.ranks[0].core
-        for room in (core.tiers.prefetcher, core.tiers.backup, core.tiers.controller):
+        for room in (core.tiers.prefetcher, core.tiers.backup.books, core.tiers.controller):
             for name, tokens in room.counters.items():
                 counters[name] = counters.get(name, 0) + tokens
         answers += [answer.message for answer in world.ranks[0].answers]

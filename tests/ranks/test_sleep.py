@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from sglang_hicache import wire
+from sglang_hicache.cache.backup_pace import MAX_ATTEMPTS
 from sglang_hicache.storage.attachment_events import State
-from tests.ranks.backups import ATTACH, computed, hold, let_go, prompt, ticks
+from tests.ranks.backups import ATTACH, computed, hold, let_go, lost, prompt, stored, ticks
 from tests.ranks.world import World
 
 
@@ -55,6 +56,31 @@ def test_a_flush_ends_at_its_deadline_although_an_upload_hangs() -> None:
     let_go(world)
     world.settle()
     world.check()
+
+
+def test_an_upload_that_flushes_stopped_in_vain_goes_on() -> None:
+    """The write was revoked, and nothing is wrong with the store: it costs none of the attempts."""
+    world = world_that_uploads()
+    for _ in range(MAX_ATTEMPTS):
+        flush = world.command(wire.FlushCache, deadline_s=1.0)
+        ticks(world, 2)
+        world.now_us += 1_000_000
+        ticks(world, 2)
+        assert not world.answer(flush).success
+        for rank in world.ranks:  # the revoke arrives, and the next write hangs like the one before it
+            storage = rank.storage[1]
+            storage.state = "open"
+            storage.revoked.add(storage.queue[0].op_id)
+            while storage.queue:
+                storage.step()
+            storage.state = "held"
+        ticks(world, 1)
+        world.now_us += 1_000_000
+        ticks(world, 1)
+        assert world.ranks[0].core.tiers.ops.counts() == {"upload": 1}
+    let_go(world)
+    world.settle()
+    assert stored(world, prompt(1, 8)) == 8 and not lost(world)
 
 
 def test_after_an_attach_that_was_too_slow_until_it_is_reaped() -> None:
