@@ -103,9 +103,12 @@ class Prefetcher:
             self.counters["below_threshold"] += max(wanted, 0) * self._page_size
             return
         if (self._occupied_pages + wanted) > max(host.total * CAPACITY_SHARE, self.threshold_pages):
-            wanted = int(host.total * CAPACITY_SHARE) - self._occupied_pages
-            if wanted < self.threshold_pages:
-                self.counters["host_capacity"] += max(wanted, 0) * self._page_size
+            room = int(host.total * CAPACITY_SHARE) - self._occupied_pages
+            if room < self.threshold_pages:
+                room = 0
+            self.counters["host_capacity"] += (wanted - room) * self._page_size
+            wanted = room
+            if not wanted:
                 return
         op = self._storage.admit(OpKind.LOOKUP, wanted, now_us, rid)
         if op is None:
@@ -222,10 +225,12 @@ class Prefetcher:
         prefetch = self._by_rid.get(op.rid)
         if prefetch is None or prefetch.op is not op:
             return  # the request is gone; the pages go back when the op closes
+        was_cut_off = prefetch.phase is PrefetchPhase.STOPPING
         prefetch.phase = PrefetchPhase.OVER
         if op.done < op.pages:
             self.counters["storage_transfer"] += (op.pages - op.done) * self._page_size
-            self._missed(prefetch, op)
+            if not was_cut_off:  # a store that was not asked for a page has not missed it
+                self._missed(prefetch, op)
         pages, op.host_pages = op.host_pages[: op.done], op.host_pages[op.done :]
         if not pages:
             return
