@@ -13,8 +13,10 @@ from sglang_hicache.storage.backend import StorageBackend
 from sglang_hicache.storage.faulty import Gate
 from tests.storage import pages
 from tests.storage.store_folder import write
+from tests.storage.store_world import House
 
 Open = Callable[..., StorageBackend]
+Start = Callable[..., House]
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +45,20 @@ def open_backend() -> Iterator[Open]:
 def root(tmp_path: Path) -> Path:
     """Folder of a file store."""
     return tmp_path / "store"
+
+
+@pytest.fixture
+def start(root: Path) -> Iterator[Start]:
+    """Starts houses over the root and ends them after the test."""
+    houses: list[House] = []
+
+    def start_one(**kwargs: Any) -> House:
+        houses.append(House(root, **kwargs))
+        return houses[-1]
+
+    yield start_one
+    for house in houses:
+        house.close()
 
 
 @pytest.fixture
