@@ -11,22 +11,23 @@ import logging
 import operator
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hypothesis
 import pytest
-from hypothesis import HealthCheck
+from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from sglang_hicache import wire
 from sglang_hicache.cache import backup
+from sglang_hicache.cache.op import WRITES, OpKind
 from sglang_hicache.config import PREFETCH_POLICIES, WRITE_POLICIES
 from sglang_hicache.storage.settings import Fault, MemorySettings
 from sglang_hicache.workers import storage_lanes
 from tests.machines.storage_checks import LOSING, Checks
-from tests.machines.storage_world import Life, Server
+from tests.machines.storage_world import Life, PlayedProcess, Server
 from tests.ranks.world import server_config
 
 #: Device and host pages: host larger, about as large, smaller, both tiny.
@@ -43,10 +44,15 @@ FAULTS = (
     ("read", "duplicate"), ("read", "none"), ("read", "wrong_type"), ("read", "short_list"), ("read", "exception"),
     ("read", "twice"), ("write", "error"), ("write", "no_space"), ("write", "flip"), ("write", "short"),
     ("write", "disappear"), ("write", "duplicate"), ("write", "exception"), ("write", "short_list"), ("write", "twice"),
-    ("delete", "error"), ("set_aside", "error"), ("clear", "error"), ("clear", "exception"), ("touch", "error"),
+    ("write", "no_space"), ("write", "no_space"), ("write", "error"), ("write", "error"), ("delete", "error"),
+    ("set_aside", "error"), ("clear", "error"), ("clear", "exception"), ("touch", "error"),
 )  # fmt: skip
 #: Those that wait more often: under best_effort a read is cut off by the next tick.
 PATIENCE = ("wait_complete", *PREFETCH_POLICIES)
+#: Spawned, opened, committed, and one to spare.
+MOMENTS_TO_ATTACH = 4
+#: Longest wait for an op of some kind.
+MOST_MOMENTS = 12
 #: Steps between two checks of everything.
 FULL_EVERY = 50
 TIMES_US = (10, 1_000, 30_000, 250_000, 1_000_000, 6_000_000)
@@ -113,11 +119,11 @@ class StorageMachine(RuleBasedStateMachine):
 
     # ----------------------------------------------------------------------------------- requests
 
-    @move(2, tokens=prompts, tenant=st.sampled_from((0, 0, 1, 2)), new=st.integers(1, 6), priority=st.integers(0, 2))
+    @move(2, tokens=prompts, tenant=st.sampled_from((0, 0, 1, 2)), new=st.integers(1, 24), priority=st.integers(0, 2))
     def request(self, tokens: list[int], tenant: int, new: int, priority: int) -> None:
         self.server.submit(tokens, tenant, new, priority)
 
-    @move(1, tokens=st.lists(prompts, min_size=2, max_size=4), new=st.integers(1, 3))
+    @move(1, tokens=st.lists(prompts, min_size=2, max_size=4), new=st.integers(1, 16))
     def requests(self, tokens: list[list[int]], new: int) -> None:
         for each in tokens:
             self.server.submit(each, 0, new)
@@ -172,15 +178,18 @@ class StorageMachine(RuleBasedStateMachine):
 
     # ----------------------------------------------------------------------------------- operators
 
-    @move(1, prefetch=st.sampled_from(PATIENCE), write=st.sampled_from(WRITE_POLICIES))
-    def attach(self, prefetch: str, write: str) -> None:
-        """Attached before: only the policies change."""
+    @move(1, prefetch=st.sampled_from(PATIENCE), write=st.sampled_from(WRITE_POLICIES), anew=st.booleans())
+    def attach(self, prefetch: str, write: str, anew: bool) -> None:
+        """What device and host hold is uploaded; where storage was attached before, only the policies change."""
         self.server.rest()
         self.checks.at_rest()
+        if anew:
+            self.server.command(wire.DetachStorage)
+            self.server.rest()
         self._attach(prefetch, write)
 
     @move(
-        2, prefetch=st.sampled_from(PATIENCE), write=st.sampled_from(WRITE_POLICIES),
+        3, prefetch=st.sampled_from(PATIENCE), write=st.sampled_from(WRITE_POLICIES),
         again=st.lists(st.integers(0, 15), min_size=1, max_size=3), times=st.integers(0, 5),
     )
     def start_cold(self, prefetch: str, write: str, again: list[int], times: int) -> None:
@@ -197,10 +206,13 @@ class StorageMachine(RuleBasedStateMachine):
         faults = self.server.faults
         self.server.sabotage({})
         self.server.attach(prefetch, write)
-        self.server.rest()
+        self.flow(MOMENTS_TO_ATTACH)
         self.server.sabotage(faults)
 
-    @move(1, kind=st.sampled_from(("attach", "detach", "drain", "clear", "flush", "policy")), policy=st.integers(0, 2))
+    @move(
+        2, kind=st.sampled_from(("attach", "detach", "drain", "drain", "clear", "flush", "policy")),
+        policy=st.integers(0, 2),
+    )
     def command(self, kind: str, policy: int) -> None:
         """At any moment, allowed or not."""
         match kind:
@@ -234,19 +246,18 @@ class StorageMachine(RuleBasedStateMachine):
         self.server.sabotage(kinds)
 
     @move(
-        1, kind=st.sampled_from(("page lost", "page rots", "page rots", "deaf", "hung", "dies", "fails")),
+        2, kind=st.sampled_from(("page lost", "pages rot", "deaf", "hung", "immortal", "dies", "fails")),
         which=st.integers(0, 99),
     )
     def trouble(self, kind: str, which: int) -> None:
-        """Somebody else deletes or damages a page, or a storage process is in a bad way."""
-        objects = self.server.memory._objects
-        name = list(objects)[which % len(objects)] if objects else None
-        if name is not None and kind.startswith("page") and not self.is_honest:
-            page = bytearray(objects[name])
-            page[which * 5 % len(page)] ^= 1
-            if kind == "page lost":
-                self.server.memory.delete_blocking([name])
-            else:
+        """Somebody else deletes or damages pages, or a storage process is in a bad way."""
+        names, objects = list(self.server.memory._objects), self.server.memory._objects
+        if kind == "page lost" and names and not self.is_honest:
+            self.server.memory.delete_blocking([names[which % len(names)]])
+        elif kind == "pages rot" and not self.is_honest:
+            for name in names[which % 3 :: 3]:
+                page = bytearray(objects[name])
+                page[which * 5 % len(page)] ^= 1
                 objects[name] = bytes(page)
         for process in self.server.alive():
             process.is_deaf |= kind == "deaf"
@@ -254,6 +265,44 @@ class StorageMachine(RuleBasedStateMachine):
                 process.life = Life.HUNG
             elif kind in ("dies", "fails"):
                 process.die(-9 if kind == "dies" else 1)
+            elif kind == "immortal" and process.life is Life.OPEN:
+                self._write_off(process)
+
+    @move(
+        4, kind=st.sampled_from((OpKind.READ, OpKind.READ, OpKind.LOOKUP, OpKind.WRITE, OpKind.UPLOAD, OpKind.DEMOTE)),
+        what=st.sampled_from(("deaf", "hung", "immortal", "dies", "drain", "clear", "abort", "revoke")),
+        batches=st.integers(0, 3), which=st.integers(0, 15),
+    )
+    def trouble_in_the_middle(self, kind: OpKind, what: str, batches: int, which: int) -> None:
+        """The same just while an op of some kind is under way: what many steps must meet to do by chance."""
+        ops, policy = self.server.core.tiers.ops, self.server.core.tiers.controller.write_policy
+        if kind in (OpKind.LOOKUP, OpKind.READ):
+            self.start_cold("wait_complete", policy, [which], times=0)
+        elif kind is OpKind.UPLOAD:
+            self.attach("timeout", policy, anew=True)
+        for _ in range(MOST_MOMENTS):
+            if ops.count(kind):
+                break
+            self.server.flow(1)
+        self.a_lane_works("backup" if kind in WRITES else "prefetch", batches)
+        if what == "revoke":
+            for op in [op for op in ops if op.kind is kind and op.epoch]:
+                self.server.core.tiers.storage.revoke(op)
+        elif what == "abort":
+            self.give_up(0, what)
+        elif what in ("drain", "clear"):
+            self.command(what, 0)
+        else:
+            self.trouble(what, 0)
+
+    def _write_off(self, process: PlayedProcess) -> None:
+        """It hangs in a batch, it is killed and does not die: its pages go to quarantine, and then the batch ends."""
+        process.life = Life.HUNG
+        for us in (6_000_000, 1_000_000):
+            self.server.now_us += us
+            self.ticks(3)
+            for lane in ("prefetch", "backup"):
+                process.step(lane)
 
     # --------------------------------------------------------------------------------------- steps
 
@@ -268,7 +317,12 @@ class StorageMachine(RuleBasedStateMachine):
     @invariant()
     def promises(self) -> None:
         self.steps += 1
-        self.seen["steps"] += 1
+        tiers = self.server.core.tiers
+        now = {
+            "steps": True, "uploading": tiers.ops.count(OpKind.UPLOAD), "store full": tiers.writer.full.since_us,
+            "quarantined": tiers.slot.quarantined, f"slot {tiers.slot.face().value}": True,
+        }
+        self.seen.update(name for name, is_so in now.items() if is_so)
         self.checks.quick()
         if self.steps % FULL_EVERY == 0:
             self.checks.full()
@@ -296,7 +350,9 @@ class StorageMachine(RuleBasedStateMachine):
         self.seen.update(self.server.memory.stats())
 
 
-def play(runs: int, steps: int, **options: object) -> Counter[str]:
+def play(
+    runs: int, steps: int, phases: Sequence[Phase] = (Phase.generate, Phase.shrink), **options: object
+) -> Counter[str]:
     """That many runs; what they counted.
 
     Ops have several batches, so that they are cut off in the middle, and lines are short, so that they overflow.  The
@@ -310,6 +366,6 @@ def play(runs: int, steps: int, **options: object) -> Counter[str]:
         patch.setattr(logging.root.manager, "disable", logging.CRITICAL)
         run_state_machine_as_test(StorageMachine, settings=hypothesis.settings(
             max_examples=runs, stateful_step_count=steps, deadline=None, database=None,
-            suppress_health_check=list(HealthCheck), **options,
+            suppress_health_check=list(HealthCheck), phases=phases, **options,
         ))
     return StorageMachine.seen

@@ -277,12 +277,15 @@ class Server:
             self.worker.finish_copy(held[0])
         return bool(held)
 
-    def flow(self) -> bool:
-        """A moment in which everything gets on a little; False if nothing could."""
+    def flow(self, steps: int = 3) -> bool:
+        """A moment in which everything gets on a little; False if nothing could.
+
+        With an odd number of steps a moment ends in the middle of a batch as often as not.
+        """
         busy = self.tick()
         busy |= self.finish_copy()
         for process in self.alive():
-            for lane in ("prefetch", "backup") * 3:  # three: a moment ends in the middle of a batch as often as not
+            for lane in ("prefetch", "backup") * steps:
                 busy |= process.step(lane)
         return busy
 
@@ -294,12 +297,12 @@ class Server:
                     process.die(-9)
                 elif process.life is Life.HUNG:
                     process.life = Life.OPEN
-            known = [self.leader.wake_at_us(self.core), self.driver.wake_at_us()]
-            wake_us = min((at for at in known if at is not None), default=None)
             if self.flow():
                 self.now_us += 1000
-            elif wake_us is not None:
-                self.now_us = max(self.now_us + 1, wake_us)
-            else:
+                continue
+            known = [self.leader.wake_at_us(self.core), self.driver.wake_at_us()]
+            wake_us = min((at for at in known if at is not None), default=None)
+            if wake_us is None:
                 return
+            self.now_us = max(self.now_us + 1, wake_us)
         raise AssertionError(f"never comes to rest: {self.core.commands.blockers()}")

@@ -9,12 +9,12 @@ import pytest
 
 from tests.machines.storage_machine import StorageMachine, play
 
-#: What runs must have met to prove anything, in tokens or by count.
+#: What runs must have met to prove anything, in tokens, steps or by count.
 REACHED = (
     "hit", "miss", "prefetched", "storage_transfer", "deadline", "load_back", "backup", "evicted", "backuped", "failed",
-    "recovered", "lost backend_error", "lost detached", "lost queue_full", "lost evicted_before_backup", "answer True",
-    "answer False",
-)
+    "recovered", "lost detached", "lost evicted_before_backup", "lost policy", "answer True", "answer False",
+    "quarantined", "slot attached", "slot detached", "slot failed",
+)  # fmt: skip
 
 
 def test_no_order_of_steps_and_faults_breaks_a_promise() -> None:
@@ -24,10 +24,10 @@ def test_no_order_of_steps_and_faults_breaks_a_promise() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("share", range(5))
+@pytest.mark.parametrize("share", range(10))
 def test_no_order_of_steps_and_faults_breaks_a_promise_long(share: int) -> None:
     """100,000 steps in all, other ones every time; the number that is printed repeats them."""
     number = secrets.randbits(32)
     print(f"seed {number}")
     hypothesis.seed(number)(StorageMachine)
-    assert play(110, 200, derandomize=False)["steps"] >= 20_000
+    assert play(60, 200, derandomize=False)["steps"] >= 10_000
