@@ -249,6 +249,14 @@ def test_a_store_without_room_passes_the_test(open_backend: Open, caplog: pytest
     assert "attached without room to write: no_space: " in caplog.text
 
 
+def test_a_self_test_that_fails_leaves_nothing_behind(open_backend: Open) -> None:
+    """Each attach to a store that cannot be read left a page that nobody could ever ask for."""
+    backend = open_backend("faulty", {"inner": "memory", "faults": {"read": {"kind": "error"}}})
+    with pytest.raises(StorageError, match="read back"):
+        pages.store(backend).self_test_blocking(rank=0)
+    assert backend.stats()["used_pages"] == 0
+
+
 def test_self_test_leaves_nothing_behind(open_backend: Open) -> None:
     backend = open_backend("memory")
     pages.store(backend).self_test_blocking(rank=0)
