@@ -363,9 +363,13 @@ def play(
         patch.setattr(storage_lanes, "BATCH_PAGES", 2)
         patch.setattr(storage_lanes, "LOOKUP_NAMES", 3)
         patch.setattr(backup, "MAX_QUEUED", 3)
-        patch.setattr(logging.root.manager, "disable", logging.CRITICAL)
-        run_state_machine_as_test(StorageMachine, settings=hypothesis.settings(
-            max_examples=runs, stateful_step_count=steps, deadline=None, database=None,
-            suppress_health_check=list(HealthCheck), phases=phases, **options,
-        ))
+        # Switched by `disable` alone: loggers remember what it said, and only it makes them forget.
+        logging.disable(logging.CRITICAL)
+        try:
+            run_state_machine_as_test(StorageMachine, settings=hypothesis.settings(
+                max_examples=runs, stateful_step_count=steps, deadline=None, database=None,
+                suppress_health_check=list(HealthCheck), phases=phases, **options,
+            ))
+        finally:
+            logging.disable(logging.NOTSET)
     return StorageMachine.seen
