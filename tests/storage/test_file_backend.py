@@ -112,10 +112,11 @@ class TestTemporaryFiles:
     def test_what_the_dead_left_is_swept_and_what_the_living_use_is_not(self, open_backend: Open, root: Path) -> None:
         living = open_backend("file", {"file_storage_path": str(root)})
         (used,) = (root / "tmp").iterdir()
-        dead = root / "tmp" / "0-000000000000dead"
-        dead.mkdir()
-        (dead / "lock").touch()
-        (dead / "17").write_bytes(b"half a page")
+        dead, made = root / "tmp" / "0-000000000000dead", root.parent / "dead"
+        made.mkdir()
+        (made / "lock").touch()
+        (made / "17").write_bytes(b"half a page")
+        made.rename(dead)  # whole from the start: the living one sweeps at any moment
         open_backend("file", {"file_storage_path": str(root)}, rank=1)
         pages.wait_until(lambda: not dead.exists(), "it is swept, by whoever was first")
         assert used.exists()
