@@ -89,10 +89,11 @@ def test_a_pipe_in_the_place_of_a_lock_holds_nobody(
 ) -> None:
     backend = open_backend("file", {"file_storage_path": str(root)})
     write(backend, 1)
-    for name in ("7-00000000000000aa", "7-00000000000000bb"):
-        _folder(root / "tmp" / name)
-    os.mkfifo(root / "tmp" / "7-00000000000000aa" / "lock", 0o600)
-    (root / "tmp" / "7-00000000000000bb" / "lock").symlink_to("/dev/zero")
+    pipe, link = _folder(root.parent / "7-00000000000000aa"), _folder(root.parent / "7-00000000000000bb")
+    os.mkfifo(pipe / "lock", 0o600)
+    (link / "lock").symlink_to("/dev/zero")
+    for made in (pipe, link):
+        made.rename(root / "tmp" / made.name)  # whole from the start: the backend sweeps at any moment
     assert run(root, "du") == 0
     assert "open in 1 storage process" in capsys.readouterr().out
     open_backend("file", {"file_storage_path": str(root)})

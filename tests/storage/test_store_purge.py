@@ -111,10 +111,11 @@ class TestPurge:
     def test_what_the_dead_left_goes_and_what_the_living_write_stays(self, backend: Any, root: Path) -> None:
         write(backend, 1)
         (living,) = (root / "tmp").iterdir()
-        dead = root / "tmp" / "0-000000000000dead"
-        dead.mkdir()
-        (dead / "lock").touch()
-        (dead / "3").write_bytes(b"half a page")
+        made = root.parent / "dead"
+        made.mkdir()
+        (made / "lock").touch()
+        (made / "3").write_bytes(b"half a page")
+        made.rename(root / "tmp" / "0-000000000000dead")  # whole from the start: the living one sweeps at any moment
         assert file_survey.users_blocking(root) == 1
         assert run(root, "purge", "--all", "--yes") == 0
         pages.wait_until(lambda: list((root / "tmp").iterdir()) == [living], "it goes, whoever sweeps first")
