@@ -15,64 +15,24 @@ from typing import Annotated, Literal
 
 import msgspec
 
+# The redundant names hand them on: everybody says `wire.Place`.
+from sglang_hicache.wire_parts import BreakerStatus as BreakerStatus
+from sglang_hicache.wire_parts import CachedTokens as CachedTokens
+from sglang_hicache.wire_parts import DryRunReport as DryRunReport
+from sglang_hicache.wire_parts import DryRunStep as DryRunStep
+from sglang_hicache.wire_parts import FetchDecision as FetchDecision
+from sglang_hicache.wire_parts import FinishReason as FinishReason
+from sglang_hicache.wire_parts import Histogram as Histogram
+from sglang_hicache.wire_parts import Incident as Incident
+from sglang_hicache.wire_parts import Place as Place
+from sglang_hicache.wire_parts import SamplingParams as SamplingParams
+
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
     """Base of everything on a socket: tagged by its class name, encoded as an array."""
 
 
 # ---------------------------------------------------------------------------------------- parts of messages
-
-
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """How the tokens of one request are chosen and when it stops."""
-
-    max_new_tokens: int = 128
-    #: 0 is greedy.
-    temperature: float = 1.0
-    top_p: float = 1.0
-    #: -1 or 0: no limit.
-    top_k: int = -1
-    min_p: float = 0.0
-    #: None: the leader gives the request one when it arrives, so that a retracted request repeats itself.
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    #: The stop check decodes text the way the client will see it.
-    skip_special_tokens: bool = True
-
-
-class FinishReason(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """Why a request ended."""
-
-    type: Literal["stop", "length", "abort"]
-    #: The stop token id or stop string that matched.
-    matched: int | str | None = None
-    #: For an abort: what the client is told.
-    message: str = ""
-    #: For an abort: HTTP status that the client gets, e.g. 503 for a full queue.  0: an ordinary answer.
-    status_code: int = 0
-
-
-class CachedTokens(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """How many prompt tokens of a request came from each tier; the rest was computed."""
-
-    device: int = 0
-    host: int = 0
-    storage: int = 0
-    #: Class name of the attached backend, or "" when no storage is attached.
-    storage_backend: str = ""
-
-
-class Histogram(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """Observations by size, as Prometheus counts them."""
-
-    #: Upper bounds, rising; one more bucket, without a bound, follows the last.
-    bounds: tuple[float, ...]
-    #: Observations of each bucket alone; one more than there are bounds.
-    counts: tuple[int, ...]
-    #: Sum of all observations.
-    total: float = 0.0
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -85,6 +45,8 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     prompt_tokens: int = 0
     cached: CachedTokens = CachedTokens()
     num_retractions: int = 0
+    #: With the first token: whether storage was asked; None: it was not attached, or there was nothing to ask for.
+    fetch: FetchDecision | None = None
 
 
 # ---------------------------------------------------------------------------- tokenizer -> ranks (ToRank)
@@ -108,6 +70,11 @@ class AbortRequest(Message):
     rid: str
 
 
+#: idle: refused unless nothing is under way.  drain, force: what is under way may end until the deadline, and is then
+#: cut off; requests flow on without storage.  The two differ in nothing but the deadline.
+Mode = Literal["idle", "drain", "force"]
+
+
 class AttachStorage(Message):
     """Attach a backend on every rank, or, for the same backend and config, change the policies."""
 
@@ -118,13 +85,22 @@ class AttachStorage(Message):
     extra_config_json: str | None = None
     prefetch_policy: str | None = None
     write_policy: str | None = None
+    mode: Mode = "idle"
+    #: Take over from what is attached; where nothing is, an attach like any other.
+    switch: bool = False
+    #: Of a switch: seconds that the old one may drain once the new one serves.
+    drain_s: float = 30.0
+    #: At the start of the server: where it fails, try again later, as fault tolerance does.
+    keeps_trying: bool = False
 
 
 class DetachStorage(Message):
     """Detach the storage from every rank."""
 
     id: str
+    #: Of a drain and a force: seconds until what is under way is cut off.
     deadline_s: float
+    mode: Mode = "idle"
     #: Shutdown only: instead of the strict idle check, wait this long for queued backups to be written.
     flush_timeout_s: float | None = None
 
@@ -161,6 +137,24 @@ class UpdateWeights(Message):
     aborts_requests: bool = False
 
 
+class CancelCommand(Message):
+    """Give up another command, as far as that can still be done without harm."""
+
+    id: str
+    deadline_s: float
+    #: Id of the command to give up.
+    target: str
+
+
+class DryRunStorage(Message):
+    """Try a backend out on every rank, attach nothing; answered by each rank itself, outside the plan."""
+
+    id: str
+    deadline_s: float
+    backend: str
+    extra_config_json: str
+
+
 class QueryStatus(Message):
     """Ask one rank about its storage slot; answered at once, outside the plan."""
 
@@ -173,8 +167,8 @@ class Shutdown(Message):
     id: str
 
 
-Command = AttachStorage | DetachStorage | ClearStorage | FlushCache | UpdateWeights | Shutdown
-ToRank = NewRequest | AbortRequest | QueryStatus | Command
+Command = AttachStorage | DetachStorage | ClearStorage | FlushCache | UpdateWeights | CancelCommand | Shutdown
+ToRank = NewRequest | AbortRequest | QueryStatus | DryRunStorage | Command
 
 
 # -------------------------------------------------------------------------- ranks -> tokenizer (FromRank)
@@ -201,6 +195,8 @@ class CommandAnswer(Message):
     message: str = ""
     #: New weights: requests that stood in line while the old ones came to rest.
     paused_requests: int = 0
+    #: Of a dry run.
+    report: DryRunReport | None = None
 
 
 class StatusAnswer(Message):
@@ -246,9 +242,30 @@ class StatusAnswer(Message):
     model_path: str = ""
     weight_version: str = ""
     weights_digest: str = ""
+    #: Every attachment of the slot: more than one during a switch.
+    places: list[Place] = []
+    breaker: BreakerStatus = BreakerStatus()
+    #: The latest, oldest first.
+    incidents: list[Incident] = []
 
 
-FromRank = OutputBatch | CommandAnswer | StatusAnswer
+class StorageNews(Message):
+    """What is attached is another store than before, or none.  From the leader only, once for each change."""
+
+    #: "command <id>", or "breaker", "reconnect", "failover", "failback": the server by itself.
+    cause: str
+    #: Backend before and after; "": none.
+    before: str
+    after: str
+    #: Epoch that ended, or begins.
+    epoch: int
+    #: Extra config of what is attached now.  May hold secrets: for the state file, never for a reply or the log.
+    extra_config_json: str = ""
+    #: Why, in words.
+    detail: str = ""
+
+
+FromRank = OutputBatch | CommandAnswer | StatusAnswer | StorageNews
 
 
 # ------------------------------------------------------------------- leader -> followers, and back (plans)
@@ -294,6 +311,16 @@ class WeightsOutcome(msgspec.Struct, frozen=True, array_like=True):
     failure: str = ""
 
 
+class CanaryOutcome(msgspec.Struct, frozen=True, array_like=True):
+    """A try of a backend that is not attached has ended on every rank, or on some that could not use it."""
+
+    number: int
+    #: Per-rank reasons, in words; "": every rank could write, read and compare.
+    failure: str = ""
+    #: Seconds that the slowest rank took for one page written and read.
+    page_s: float = 0.0
+
+
 class TickPlan(Message):
     """Inputs and outcomes of one tick, in the order in which every rank applies them."""
 
@@ -301,10 +328,13 @@ class TickPlan(Message):
     number: int
     #: The leader's monotonic clock.  The only time that a decision may read.
     now_us: int
+    #: Microseconds of the leader's forward in the tick before; 0: it had none.  For rates, never for time.
+    forward_us: int = 0
     storage: list[StorageOutcome] = []
     ops: list[OpOutcome] = []
     clears: list[ClearOutcome] = []
     weights: list[WeightsOutcome] = []
+    canaries: list[CanaryOutcome] = []
     commands: list[Command] = []
     aborts: list[str] = []
     requests: list[NewRequest] = []
@@ -348,6 +378,15 @@ class WeightsFact(msgspec.Struct, frozen=True, array_like=True):
     reason: str = ""
 
 
+class CanaryFact(msgspec.Struct, frozen=True, array_like=True):
+    """One rank has tried a backend that is not attached."""
+
+    number: int
+    #: "" for success.
+    reason: str = ""
+    page_s: float = 0.0
+
+
 class RankReport(Message):
     """From a follower: what it applied and what its hands told it since the last report."""
 
@@ -360,6 +399,7 @@ class RankReport(Message):
     storage: list[StorageFact] = []
     clears: list[ClearFact] = []
     weights: list[WeightsFact] = []
+    canaries: list[CanaryFact] = []
 
 
 # --------------------------------------------------------- rank -> its storage process (ToStorage), and back
@@ -383,6 +423,8 @@ class OpenBackend(Message):
     page_bytes: int
     #: Pages in the host pool.
     host_pages: int
+    #: Try the backend out with pages that are nobody's, say what was found (`DryRunDone`), and go.
+    is_dry_run: bool = False
     log_format: str = "text"
     log_level: str = "info"
 
@@ -492,4 +534,10 @@ class BackendStats(Message):
     stats: Stats = {}
 
 
-FromStorage = BackendOpened | BackendOpenFailed | OpProgress | ClearDone | BackendStats
+class DryRunDone(Message):
+    """What was found out; the process exits after this."""
+
+    report: DryRunReport
+
+
+FromStorage = BackendOpened | BackendOpenFailed | OpProgress | ClearDone | BackendStats | DryRunDone
