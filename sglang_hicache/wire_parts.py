@@ -59,7 +59,7 @@ class Histogram(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     total: float = 0.0
 
 
-# ---------------------------------------------------------------------------------------- for people: nothing decides by them
+# ------------------------------------------------------------------ for people: nothing decides by them
 
 
 class FetchDecision(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
