@@ -1,12 +1,14 @@
 """A saboteur around any backend: does to its calls what the field has done to others.
 
-For tests only; a server refuses it unless it was started with SGLANG_HICACHE_ALLOW_FAULTY=1.  Every fault is decided by
-the number of the call or page, never by time or chance.  Kinds, by what they hit:
+For tests and drills only; a server refuses it unless it was started with SGLANG_HICACHE_ALLOW_FAULTY=1.  Every fault
+is decided by the number of the call or page, never by time or chance; a control file (`fault_control.py`) changes them
+while the backend works, in every process that has it open.  Kinds, by what they hit:
 
     any call    error, no_space   StorageError             exception     an error that is none of ours
                 none, short_list, wrong_type               answers against the contract
                 slow   takes `delay_ms` longer             twice   is made twice, and the second answer counts
-                hold   waits at a `Gate` until let through      hang   never returns      crash   the process dies
+                hold   waits at a `Gate` until let through      crash   the process dies
+                hang   never returns; with a control file: until that says "hang" no more of this call
     read        flip   one bit differs from what is stored
                 short  an object of another size; with `at`: filled up to there, and called whole all the same
                 disappear   gone before the read           duplicate   the page read before it, under this name
@@ -34,10 +36,14 @@ import xxhash
 
 from sglang_hicache.errors import StorageError
 from sglang_hicache.storage.backend import Capabilities, PageOutcome, PageResult, StorageBackend
+from sglang_hicache.storage.fault_control import FaultControl
 from sglang_hicache.storage.page_format import HEADER_BYTES, IncomingPage, OutgoingPage, PageName
 from sglang_hicache.storage.settings import Fault, FaultySettings
 
 _PAGE_KINDS = ("error", "no_space", "flip", "short", "disappear", "duplicate")
+
+#: How often a hanging call looks whether the control file lets it go.
+_LOOK_S = 0.02
 
 
 class SabotageError(RuntimeError):
@@ -112,6 +118,7 @@ class FaultyBackend(StorageBackend):
     def __init__(self, settings: FaultySettings, inner: StorageBackend) -> None:
         self._inner = inner
         self._faults = dict(settings.faults)
+        self._control = FaultControl(settings.control) if settings.control else None
         self._numbers: Counter[str] = Counter()
         self._hits: Counter[str] = Counter()
         #: By call, the whole object that was read or written last: what "duplicate" puts under another name.
@@ -132,13 +139,13 @@ class FaultyBackend(StorageBackend):
         return self._sabotaged("exists", lambda: self._inner.exists_blocking(names), len(names))
 
     def read_blocking(self, pages: Sequence[IncomingPage]) -> list[PageOutcome]:
-        if self._hits_pages("read"):
-            return _until_one_fails(self._read, pages)
+        if fault := self._page_fault("read"):
+            return _until_one_fails(lambda page: self._read(page, fault), pages)
         return self._sabotaged("read", lambda: self._inner.read_blocking(pages))
 
     def write_blocking(self, pages: Sequence[OutgoingPage]) -> list[PageOutcome]:
-        if self._hits_pages("write"):
-            return _until_one_fails(self._write, pages)
+        if fault := self._page_fault("write"):
+            return _until_one_fails(lambda page: self._write(page, fault), pages)
         return self._sabotaged("write", lambda: self._inner.write_blocking(pages))
 
     def delete_blocking(self, names: Sequence[PageName]) -> int:
@@ -157,7 +164,8 @@ class FaultyBackend(StorageBackend):
         self._inner.use_namespace(namespace)
 
     def info(self) -> dict[str, str]:
-        return self._inner.info() | {"sabotaged": ",".join(self._faults)}
+        control = {"control": self._control.path} if self._control else {}
+        return self._inner.info() | {"sabotaged": ",".join(self._faults)} | control
 
     def stats(self) -> dict[str, int]:
         return self._inner.stats() | {f"faults_{call}": count for call, count in self._hits.items()}
@@ -165,9 +173,21 @@ class FaultyBackend(StorageBackend):
     def close_blocking(self) -> None:
         self._sabotaged("close", self._inner.close_blocking)
 
-    def _hits_pages(self, call: str) -> bool:
-        fault = self._faults.get(call)
-        return fault is not None and fault.kind in _PAGE_KINDS
+    def _fault(self, call: str) -> Fault | None:
+        """What goes wrong in this kind of call now."""
+        if self._control is not None and (changed := self._control.changed()) is not None:
+            self.sabotage(changed)
+        return self._faults.get(call)
+
+    def _page_fault(self, call: str) -> Fault | None:
+        """The same, if it is one that strikes single pages."""
+        fault = self._fault(call)
+        return fault if fault is not None and fault.kind in _PAGE_KINDS else None
+
+    def _hang_blocking(self, call: str) -> None:
+        """A thread that hangs in a library is beyond help; one that a drill holds comes back when the drill says so."""
+        while self._control is None or ((fault := self._fault(call)) is not None and fault.kind == "hang"):
+            threading.Event().wait(None if self._control is None else _LOOK_S)
 
     def _struck(self, call: str, fault: Fault) -> int | None:
         """Counts the call or page; its number if the fault hits it."""
@@ -182,7 +202,7 @@ class FaultyBackend(StorageBackend):
 
     def _sabotaged(self, name: str, call: Callable[[], Any], asked: int = 0) -> Any:
         """A whole call, with what goes wrong before or after it; `asked`: what `exists` was asked for."""
-        fault = self._faults.get(name)
+        fault = self._fault(name)
         if fault is None or self._struck(name, fault) is None:
             return call()
         match fault.kind:
@@ -197,7 +217,7 @@ class FaultyBackend(StorageBackend):
             case "hold":
                 Gate.pass_blocking(fault.gate)
             case "hang":
-                threading.Event().wait()
+                self._hang_blocking(name)
             case "crash":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "stale":
@@ -214,8 +234,7 @@ class FaultyBackend(StorageBackend):
                 return answer[:-1]
         return answer
 
-    def _read(self, page: IncomingPage) -> PageOutcome:
-        fault = self._faults["read"]
+    def _read(self, page: IncomingPage, fault: Fault) -> PageOutcome:
         number = self._struck("read", fault)
         if number is not None and fault.kind in ("error", "no_space"):
             return _error(fault, "read")
@@ -246,8 +265,7 @@ class FaultyBackend(StorageBackend):
         page.header[:], page.payload[:] = whole[:HEADER_BYTES], whole[HEADER_BYTES:]
         return outcome
 
-    def _write(self, page: OutgoingPage) -> PageOutcome:
-        fault = self._faults["write"]
+    def _write(self, page: OutgoingPage, fault: Fault) -> PageOutcome:
         number = self._struck("write", fault)
         if number is not None and fault.kind in ("error", "no_space"):
             return _error(fault, "write")

@@ -173,23 +173,35 @@ class Fault(BackendSettings, frozen=True, kw_only=True):
     delay_ms: float = 0.0
 
 
-class FaultySettings(BackendSettings, frozen=True, kw_only=True):
-    """A saboteur around another backend; for tests only."""
+class Faults(BackendSettings, frozen=True, kw_only=True):
+    """What goes wrong in which calls."""
 
-    #: Name of the backend inside.
-    inner: str
-    #: Its extra config.
-    inner_config: dict[str, Any] = {}
     #: Call name (open, exists, read, write, touch, delete, set_aside, clear, close) to what goes wrong there.
     faults: dict[FaultCall, Fault] = {}
-    #: Says of itself that hardware may write after its death.
-    late_io: bool = False
 
     def __post_init__(self) -> None:
         for call, fault in self.faults.items():
             calls = _CALLS_OF_KIND.get(fault.kind, (call,))
             if call not in calls:
                 raise ValueError(f"fault {fault.kind!r} cannot strike {call!r}, only {', '.join(calls)}")
+
+
+class FaultySettings(Faults, frozen=True, kw_only=True):
+    """A saboteur around another backend; for tests and drills only."""
+
+    #: Name of the backend inside.
+    inner: str
+    #: Its extra config.
+    inner_config: dict[str, Any] = {}
+    #: Says of itself that hardware may write after its death.
+    late_io: bool = False
+    #: Absolute path of a JSON file {"faults": {...}} that replaces `faults` whenever it changes; "": there is none.
+    control: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.control and (not self.control.startswith("/") or "\0" in self.control):
+            raise ValueError(f"control={self.control!r} is not allowed; it takes the absolute path of a file")
 
 
 def split_extra_config(text: str | None) -> tuple[PrefetchSettings, dict[str, Any]]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import stat
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from sglang_hicache.errors import StorageError, UserError
 from sglang_hicache.storage.backend import PageResult
 from sglang_hicache.storage.checked import ATTEMPTS, BatchResult
+from sglang_hicache.storage.fault_control import write_faults
 from sglang_hicache.storage.page_format import HEADER_BYTES, OutgoingPage
+from sglang_hicache.storage.settings import Fault
 from tests.storage import pages
 from tests.storage.conftest import Open
 
@@ -112,3 +118,81 @@ def test_fm50_many_pages_fail_once_and_a_long_batch_goes_through(open_backend: O
     assert result == BatchResult(128)
     assert targets == [pages.content(seed) for seed in range(128)]
     assert backend.stats()[f"faults_{call}"] > ATTEMPTS
+
+
+def _controlled(path: Path, **more: object) -> dict:
+    return {"inner": "memory", "control": str(path), **more}
+
+
+def test_a_control_file_changes_the_faults_and_their_counting_while_the_backend_works(
+    open_backend: Open, tmp_path: Path
+) -> None:
+    control = tmp_path / "control.json"
+    backend = open_backend("faulty", _controlled(control, faults={"touch": {"kind": "error", "first": 1}}))
+    backend.touch_blocking([])  # no file: what the extra config says
+    with pytest.raises(StorageError):
+        backend.touch_blocking([])
+    write_faults(control, {"touch": Fault(kind="error", first=1, count=1)})
+    backend.touch_blocking([])
+    with pytest.raises(StorageError):
+        backend.touch_blocking([])
+    backend.touch_blocking([])
+    write_faults(control, {})
+    for _ in range(3):
+        backend.touch_blocking([])
+    assert backend.info()["control"] == str(control)
+
+
+def test_faults_of_a_control_file_that_is_there_already_strike_the_open(open_backend: Open, tmp_path: Path) -> None:
+    control = tmp_path / "control.json"
+    write_faults(control, {"open": Fault(kind="error")})
+    with pytest.raises(StorageError, match="sabotaged open"):
+        open_backend("faulty", _controlled(control))
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"faults": {"exists": {"kind": "flip"}}}', '{"fault": {}}'])
+def test_a_control_file_that_is_not_valid_changes_nothing_and_is_told_once(
+    open_backend: Open, tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    control = tmp_path / "control.json"
+    write_faults(control, {"touch": Fault(kind="error")})
+    backend = open_backend("faulty", _controlled(control))
+    control.write_text(text)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            with pytest.raises(StorageError):
+                backend.touch_blocking([])
+    control.unlink()
+    with pytest.raises(StorageError):
+        backend.touch_blocking([])
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        f"the control file {control} says nothing new"
+    ]
+
+
+def test_a_call_that_hangs_comes_back_when_the_control_file_lets_it(open_backend: Open, tmp_path: Path) -> None:
+    control = tmp_path / "control.json"
+    write_faults(control, {"exists": Fault(kind="hang")})
+    backend = open_backend("faulty", _controlled(control))
+    answers: list[int] = []
+    thread = threading.Thread(target=lambda: answers.append(backend.exists_blocking([])))
+    thread.start()
+    moment = threading.Event()
+    while not backend.stats().get("faults_exists"):
+        moment.wait(0.001)
+    write_faults(control, {"read": Fault(kind="hang")})
+    thread.join(30)
+    assert answers == [0]
+
+
+def test_a_control_file_is_for_its_writer_alone_and_leaves_no_draft(tmp_path: Path) -> None:
+    control = tmp_path / "control.json"
+    write_faults(control, {})
+    write_faults(control, {"read": Fault(kind="slow", delay_ms=5)})
+    assert stat.S_IMODE(control.stat().st_mode) == 0o600
+    assert list(tmp_path.iterdir()) == [control]
+
+
+def test_a_control_file_needs_an_absolute_path() -> None:
+    with pytest.raises(UserError, match="absolute path"):
+        pages.backend("faulty", {"inner": "memory", "control": "control.json"})

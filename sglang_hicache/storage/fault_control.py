@@ -1,0 +1,60 @@
+"""The control file of a `FaultyBackend`: what goes wrong now, said from outside while the backend works.
+
+    {"faults": {"read": {"kind": "hang"}}}
+
+Whoever runs a drill writes it, and every storage process whose extra config names it reads it: those of all ranks, and
+those that are started later, so that a fault outlives the process that it has killed.  The file is looked at before
+each call, which costs one `stat`; it is read when that shows another file, and counting starts anew.  A file that
+cannot be used changes nothing: a typing mistake must not end a storage process.
+
+Threads: any; the lanes of a storage process share one `FaultControl`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from sglang_hicache.storage.settings import Fault, Faults
+
+log = logging.getLogger(__name__)
+
+
+class FaultControl:
+    """One reader of a control file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        #: What told the last file that was read from any other one.
+        self._seen: tuple[int, int, int] | None = None
+        self._lock = threading.Lock()
+
+    def changed(self) -> Mapping[str, Fault] | None:
+        """The faults of the file, if it is another one than before and says what can be done; None: go on as before."""
+        with self._lock:
+            try:
+                found = os.stat(self.path)
+                seen = (found.st_mtime_ns, found.st_size, found.st_ino)
+                if seen == self._seen:
+                    return None
+                self._seen = seen
+                return msgspec.json.decode(Path(self.path).read_bytes(), type=Faults).faults
+            except FileNotFoundError:
+                return None
+            except (OSError, msgspec.DecodeError) as error:
+                log.warning("the control file %s says nothing new: %s", self.path, error)
+                return None
+
+
+def write_faults(path: Path, faults: Mapping[str, Fault]) -> None:
+    """Make the file say this, whole at every moment and for this user alone."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.unlink(missing_ok=True)  # of a writer with our id that was killed
+    with open(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+        file.write(msgspec.json.encode(Faults(faults=dict(faults))))
+    draft.replace(path)
