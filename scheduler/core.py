@@ -35,6 +35,7 @@ from sglang_hicache.config import ServerConfig
 from sglang_hicache.scheduler import batch as batches
 from sglang_hicache.scheduler.admission import Admission, Share
 from sglang_hicache.scheduler.commands import Commands
+from sglang_hicache.scheduler.failover import Canary, Failover
 from sglang_hicache.scheduler.pages import RequestPages
 from sglang_hicache.scheduler.request import Request, RequestState, StopText
 from sglang_hicache.scheduler.results import Results
@@ -56,6 +57,7 @@ class Effects:
     copies_in: list[Copy] = field(default_factory=list)
     storage: list[Spawn | Stop | Kill] = field(default_factory=list)
     to_storage: list[tuple[int, wire.ToStorage]] = field(default_factory=list)
+    canaries: list[Canary] = field(default_factory=list)
     answers: list[wire.CommandAnswer] = field(default_factory=list)
     #: Refusals and aborts; what the forward produces comes from `apply_results`.
     outputs: list[wire.RequestOutput] = field(default_factory=list)
@@ -95,6 +97,7 @@ class SchedulerCore:
         self.update = WeightsUpdate(rank, config.model, self.tiers, self.waiting, self.admission, self._digest)
         self.status = RankStatus(rank, self.tiers, self.waiting, self.admission, served)
         self.commands = Commands(rank, self.tiers, self._load, config.cache.hierarchical)
+        self.failover = Failover()
         self._requests: dict[str, Request] = {}
         self._shares: list[Share] = []
 
@@ -119,6 +122,8 @@ class SchedulerCore:
             self.commands.clear_ended(clear)
         for voted in plan.weights:
             self._weights_moved(self.update.voted(voted), plan.now_us, effects)
+        for canary in plan.canaries:
+            self.failover.canary_ended(canary)
         for command in plan.commands:
             if isinstance(command, wire.UpdateWeights):
                 self.update.begin(command, plan.now_us)

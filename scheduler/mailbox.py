@@ -82,7 +82,9 @@ class LeaderMailbox:
         for report in self._reports.receive_all():
             self._acknowledged[report.rank] = report.applied
             self._leader.add_report(report)
-        self._leader.add_own_facts(list(facts.ops.values()), facts.storage, facts.clears, facts.weights)
+        self._leader.add_own_facts(
+            list(facts.ops.values()), facts.storage, facts.clears, facts.weights, facts.canaries
+        )
         if self._plans_ahead() >= MOST_PLANS_AHEAD:
             return None
         plan = self._leader.next_plan(now_us, self._core)
@@ -169,6 +171,7 @@ class FollowerMailbox:
             storage=facts.storage,
             clears=facts.clears,
             weights=facts.weights,
+            canaries=facts.canaries,
         )
         if not self._reports.send(report):
             raise IntegrityError("the leader is dead: it does not take reports")

@@ -63,9 +63,10 @@ class Facts:
     storage: list[wire.StorageFact] = field(default_factory=list)
     clears: list[wire.ClearFact] = field(default_factory=list)
     weights: list[wire.WeightsFact] = field(default_factory=list)
+    canaries: list[wire.CanaryFact] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.ops or self.storage or self.clears or self.weights)
+        return bool(self.ops or self.storage or self.clears or self.weights or self.canaries)
 
 
 @dataclass(slots=True)
@@ -279,6 +280,12 @@ class StorageDriver:
     def weights_read(self, command_id: str, reason: str) -> None:
         """This rank's vote on new weights: "" or why it cannot take them."""
         self._facts.weights.append(wire.WeightsFact(command_id, reason))
+
+    def canary_ended(self, number: int, report: wire.DryRunReport) -> None:
+        """This rank has tried a backend that is not attached."""
+        reason = f"{report.code}: {report.reason}" if report.failed_step else ""
+        page_s = report.write_page_s + report.read_page_s
+        self._facts.canaries.append(wire.CanaryFact(number, reason, page_s))
 
     def copies_finished(self, op_ids: list[int]) -> None:
         """Copies between device and host ask nobody else: what is finished is settled and closed."""

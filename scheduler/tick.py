@@ -35,6 +35,7 @@ class Ledger:
         self._storage: dict[tuple[str, int], dict[int, str]] = {}
         self._clears: dict[str, dict[int, str]] = {}
         self._weights: dict[str, dict[int, str]] = {}
+        self._canaries: dict[int, dict[int, wire.CanaryFact]] = {}
 
     def add(
         self, rank: int, ops: list[wire.OpFact], storage: list[wire.StorageFact], clears: list[wire.ClearFact]
@@ -50,6 +51,11 @@ class Ledger:
         """A rank has read the weights of a command, or could not."""
         for fact in facts:
             self._weights.setdefault(fact.command_id, {})[rank] = fact.reason
+
+    def add_canaries(self, rank: int, facts: Sequence[wire.CanaryFact]) -> None:
+        """A rank has tried a backend that is not attached."""
+        for fact in facts:
+            self._canaries.setdefault(fact.number, {})[rank] = fact
 
     def said(self, kind: str, epoch: int) -> dict[int, str]:
         """Who reported this of an epoch, with the details."""
@@ -119,6 +125,22 @@ class Ledger:
             return [wire.WeightsOutcome(command_id, f"not read in time on rank {late}")]
         return []
 
+    def canary_outcomes(self, core: SchedulerCore, now_us: int) -> list[wire.CanaryOutcome]:
+        """Canaries that ended well on every rank, or badly on any, or that have had their time."""
+        outcomes, under_way = [], core.failover.canaries()
+        self._canaries = {number: said for number, said in self._canaries.items() if number in under_way}
+        for number, deadline_us in under_way.items():
+            said = self._canaries.get(number, {})
+            failure = "; ".join(f"rank {rank}: {fact.reason}" for rank, fact in sorted(said.items()) if fact.reason)
+            if not failure and len(said) < self._ranks:
+                if now_us < deadline_us:
+                    continue
+                late = ", ".join(str(rank) for rank in range(self._ranks) if rank not in said)
+                failure = f"hung: the store was not tried to the end in time on rank {late}"
+            page_s = max((fact.page_s for fact in said.values()), default=0.0)
+            outcomes.append(wire.CanaryOutcome(number, failure, page_s))
+        return outcomes
+
     def forget(self, slot: StorageSlot) -> None:
         """Drop what was said of epochs that are gone."""
         alive = {a.epoch for a in slot.places()} | set(slot.quarantined)
@@ -168,16 +190,19 @@ class Leader:
         storage: list[wire.StorageFact],
         clears: list[wire.ClearFact],
         weights: Sequence[wire.WeightsFact] = (),
+        canaries: Sequence[wire.CanaryFact] = (),
     ) -> None:
         self._ledger.add(0, ops, storage, clears)
         self._ledger.add_weights(0, weights)
-        self._has_news |= bool(ops or storage or clears or weights)
+        self._ledger.add_canaries(0, canaries)
+        self._has_news |= bool(ops or storage or clears or weights or canaries)
 
     def add_report(self, report: wire.RankReport) -> None:
         """A follower's facts and acknowledgement.  A digest that differs means that ranks disagree: a defect."""
         self._ledger.add(report.rank, report.ops, report.storage, report.clears)
         self._ledger.add_weights(report.rank, report.weights)
-        self._has_news |= bool(report.ops or report.storage or report.clears or report.weights)
+        self._ledger.add_canaries(report.rank, report.canaries)
+        self._has_news |= bool(report.ops or report.storage or report.clears or report.weights or report.canaries)
         self._applied[report.rank] = max(self._applied[report.rank], report.applied)
         own = self._digests.get(report.applied)
         if report.digest and own is not None and own != report.digest:
@@ -213,7 +238,8 @@ class Leader:
         plan = wire.TickPlan(
             number=self._number, now_us=now_us, storage=storage, ops=self._ledger.op_outcomes(core, ending),
             clears=self._ledger.clear_outcomes(core, overdue),
-            weights=self._ledger.weights_outcomes(core, overdue), commands=self._commands, aborts=self._aborts,
+            weights=self._ledger.weights_outcomes(core, overdue),
+            canaries=self._ledger.canary_outcomes(core, now_us), commands=self._commands, aborts=self._aborts,
             requests=self._requests,
         )
         self._commands, self._aborts, self._requests = [], [], []
@@ -304,4 +330,5 @@ class Leader:
         pending = {command.id for command in self._commands}
         self._deadlines = {i: at for i, at in self._deadlines.items() if i in alive or i in pending}
         known = [core.next_deadline_us(), *self._drains.values(), *self._deadlines.values()]
+        known += core.failover.canaries().values()
         return min((at for at in known if at is not None), default=None)
