@@ -22,11 +22,15 @@ from tests.processes.server import Server, cached
 from tests.processes.store_scan import Scan
 from tests.processes.synthetic_server import PATIENCE_S, SyntheticServer
 
-#: Rounds on one folder: the scan of each must not read thousands of files.
+#: Who dies; in the short form each of them once or twice on one folder.
+VICTIMS = ("storage", "storage", "rank", "server")
+#: Rounds of the long form on one folder: the scan of each must not read thousands of files.
 ROUNDS_PER_STORE = 25
 #: A stored page of the synthetic model, header included.
 SYNTHETIC_PAGE_BYTES = 512
-VICTIMS = ("storage", "storage", "rank", "server")
+#: Seeds of the two stores that are not as they come: one is encrypted, one so small that it evicts all the time.
+ENCRYPTED, SMALL = 6, 7
+SMALL_PAGES = 96
 
 
 class SyntheticRounds:
@@ -57,10 +61,9 @@ class SyntheticRounds:
         server.attach()
         return server
 
-    def round(self) -> str:
-        """Load, a death in the middle of it, and life afterwards; who died."""
+    def round(self, victim: str) -> None:
+        """Load, a death in the middle of it, and life afterwards."""
         chance, server = self._random, self._server
-        victim = chance.choice(VICTIMS)
         # Some prompts are known to the store, so that it is read as well as written when the blow falls.
         prompts = [*self._fixed, *(self._tokens(chance.randrange(20, 120)) for _ in range(4))]
         chance.shuffle(prompts)
@@ -69,7 +72,9 @@ class SyntheticRounds:
         assert len(storage) == 1
         watched = os.pidfd_open(storage[0])
         victims = {"storage": storage, "rank": [server.process.pid], "server": [*storage, server.process.pid]}
-        server.kill_after(chance.randrange(4 * len(prompts)), chance.random() * 0.02, victims[victim])
+        # A quick server is done with everything within the delay: half of the blows fall without one.
+        delay_s = chance.choice((0.0, chance.random() * 0.02))
+        server.kill_after(chance.randrange(4 * len(prompts)), delay_s, victims[victim])
         self.caught += len(set(rids) - server.ended)
         assert select.select([watched], [], [], PATIENCE_S)[0], "a storage process outlives its rank"
         os.close(watched)
@@ -80,7 +85,6 @@ class SyntheticRounds:
             self._scan.pages()
             self._server = self._started()
         self._is_well()
-        return victim
 
     def _survives(self, rids: list[str], prompts: list[list[int]]) -> None:
         """No request fails, no text changes, the status says what happened, and storage can be attached again."""
@@ -120,16 +124,30 @@ class SyntheticRounds:
         os.close(watched)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_fm38_fm55_rounds_with_the_synthetic_model(tmp_path: Path, seed: int) -> None:
-    """Six stores as they come, one that is encrypted, and one that is so small that it evicts all the time."""
-    configs = {6: {"encryption": {"key_file": str(tmp_path / "key")}}, 7: {"max_size": 256 * SYNTHETIC_PAGE_BYTES}}
-    rounds = SyntheticRounds(tmp_path, seed, configs.get(seed, {}))
-    victims = [rounds.round() for _ in range(ROUNDS_PER_STORE)]
-    if seed == 7:
-        rounds.wait_until_it_fits(256)
+def run_synthetic(folder: Path, seed: int, victims: list[str]) -> None:
+    configs = {
+        ENCRYPTED: {"encryption": {"key_file": str(folder / "key")}},
+        SMALL: {"max_size": SMALL_PAGES * SYNTHETIC_PAGE_BYTES},
+    }
+    rounds = SyntheticRounds(folder, seed, configs.get(seed, {}))
+    for victim in victims:
+        rounds.round(victim)
+    if seed == SMALL:
+        rounds.wait_until_it_fits(SMALL_PAGES)
     rounds.close()
-    assert set(victims) == set(VICTIMS) and rounds.caught > ROUNDS_PER_STORE, "nobody died in the middle of anything"
+    assert rounds.caught > 0, "nobody died in the middle of anything"
+
+
+@pytest.mark.parametrize("seed", (0, ENCRYPTED, SMALL))
+def test_fm38_fm55_rounds_with_the_synthetic_model(tmp_path: Path, seed: int) -> None:
+    run_synthetic(tmp_path, seed, random.Random(seed).sample(VICTIMS, len(VICTIMS)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(8))
+def test_two_hundred_rounds_with_the_synthetic_model(tmp_path: Path, seed: int) -> None:
+    """Six stores as they come, and the two others."""
+    run_synthetic(tmp_path, seed, random.Random(seed).choices(VICTIMS, k=ROUNDS_PER_STORE))
 
 
 # ------------------------------------------------------------------------------------------- the real model
@@ -138,8 +156,11 @@ EXACT = ("--enable-deterministic-inference", "--page-size", "16", "--chunked-pre
 TEXT = "Each function returns a list of the names that are defined in the given namespace, sorted by name. "
 FIXED = tuple(f"{start} {8 * TEXT}" for start in ("First.", "Another one.", "At last."))
 NEW_TOKENS = 16
-#: Who dies in the rounds of the short form.
-SHORT = ("server", "storage", "rank", "storage", "server", "storage", "rank", "storage", "server", "rank")
+#: Who dies in the rounds of the short form.  A storage process dies first: what its server wrote before is found again
+#: by the same server, later by others.
+SHORT = ("storage", "rank", "server")
+#: Rounds of the long form on one folder.
+ROUNDS_PER_REAL_STORE = 10
 
 
 def fresh_prompts(seed: int, number: int) -> list[str]:
@@ -294,10 +315,10 @@ def run_real(folder: Path, seed: int, victims: list[str], tp_size: int = 1) -> N
             rounds.round(number, victim)
         rounds.close()
         undo.pop_all()
-    assert rounds.caught > len(victims), "nobody died in the middle of anything"
+    assert rounds.caught > 0, "nobody died in the middle of anything"
 
 
-def test_fm38_fm55_ten_rounds_with_the_real_model(tmp_path: Path) -> None:
+def test_fm38_fm55_rounds_with_the_real_model(tmp_path: Path) -> None:
     run_real(tmp_path, 0, list(SHORT))
 
 
@@ -305,5 +326,5 @@ def test_fm38_fm55_ten_rounds_with_the_real_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(1, 21))
 def test_two_hundred_rounds_with_the_real_model(tmp_path: Path, seed: int) -> None:
     """Half of them on two ranks, of which one dies."""
-    chance = random.Random(seed)
-    run_real(tmp_path, seed, [chance.choice(VICTIMS) for _ in SHORT], tp_size=1 + seed % 2)
+    victims = random.Random(seed).choices(VICTIMS, k=ROUNDS_PER_REAL_STORE)
+    run_real(tmp_path, seed, victims, tp_size=1 + seed % 2)
