@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -116,10 +117,19 @@ class TestPurge:
         (made / "lock").touch()
         (made / "3").write_bytes(b"half a page")
         made.rename(root / "tmp" / "0-000000000000dead")  # whole from the start: the living one sweeps at any moment
-        assert file_survey.users_blocking(root) == 1
         assert run(root, "purge", "--all", "--yes") == 0
         pages.wait_until(lambda: list((root / "tmp").iterdir()) == [living], "it goes, whoever sweeps first")
         write(backend, 1)
+
+    def test_only_who_holds_a_lock_has_the_store_open(self, root: Path) -> None:
+        """Without an open store: its evictor takes the lock of the dead, too, for as long as it sweeps."""
+        for name in ("living", "dead"):
+            (root / "tmp" / name).mkdir(parents=True)
+            (root / "tmp" / name / "lock").touch()
+        assert file_survey.users_blocking(root) == 0
+        with (root / "tmp" / "living" / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            assert file_survey.users_blocking(root) == 1
 
     def test_a_page_that_cannot_be_deleted_is_named_and_the_rest_goes(
         self, backend: Any, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
