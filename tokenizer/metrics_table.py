@@ -7,6 +7,7 @@ processes of the storage) by every rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args
 
 from sglang_hicache.cache import measures
 from sglang_hicache.cache.loss import Loss
@@ -27,6 +28,7 @@ from sglang_hicache.tokenizer.metrics_series import (
     histogram,
     pool,
 )
+from sglang_hicache.wire_parts import BreakerState
 
 #: Reasons as other servers name them, all told from the first scrape on: an alert on one that never came must not fail.
 UNFULFILLED = (
@@ -181,6 +183,27 @@ def rank_series() -> Iterator[Series]:
     )))  # fmt: skip
 
 
+def trust_series() -> Iterator[Series]:
+    """Whether storage is trusted, and what the server has done about it by itself."""
+    scope = Scope.RANK
+    yield by("state", get_args(BreakerState), gauge(
+        OWN + "breaker_state", scope, "1 for the state of the breaker, 0 for all others.",
+        lambda v: v.answer.breaker.state == v.case,
+    ))  # fmt: skip
+    yield by("state", get_args(BreakerState), counter(
+        OWN + "breaker_seconds_total", scope, "Seconds that the breaker was in each state.",
+        lambda v: v.answer.breaker.total_s.get(v.case, 0.0),
+    ))  # fmt: skip
+    yield counter(OWN + "breaker_trips_total", scope, "Times that the breaker opened.",
+                  lambda v: v.answer.breaker.trips)  # fmt: skip
+    yield counter(OWN + "failovers_total", scope, "Times that a standby took over.",
+                  lambda v: v.answer.breaker.failovers)  # fmt: skip
+    yield counter(OWN + "failbacks_total", scope, "Times that the primary came back into service.",
+                  lambda v: v.answer.breaker.failbacks)  # fmt: skip
+    yield gauge(OWN + "standby_serves", scope, "1: a standby serves in the place of the primary.",
+                lambda v: v.answer.breaker.serving.startswith("standby"))  # fmt: skip
+
+
 def rank_storage_series() -> Iterator[Series]:
     """What was lost on the way to each backend, and what its processes have counted."""
     scope = Scope.RANK_STORAGE
@@ -201,4 +224,5 @@ def rank_storage_series() -> Iterator[Series]:
 def table(config: ServerConfig) -> list[Series]:
     """The metrics of a server with this configuration."""
     host = host_series() if config.cache.hierarchical else ()
-    return [*scheduler_series(), *host, *cache_series(), *storage_series(), *rank_series(), *rank_storage_series()]
+    storage = (*storage_series(), *rank_series(), *trust_series(), *rank_storage_series())
+    return [*scheduler_series(), *host, *cache_series(), *storage]

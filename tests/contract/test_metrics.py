@@ -127,6 +127,23 @@ def test_the_slot_of_each_rank(server: FakeServer) -> None:
     assert scrape.value("sglang_hicache:storage_evicted_pages_total", storage_backend="FileBackend", **rank) == 9
 
 
+def test_whether_storage_is_trusted(server: FakeServer) -> None:
+    """What all ranks have alike is told once; a state that was never reached has its 0 seconds."""
+    breaker = wire.BreakerStatus(
+        state="half_open", level="failover", total_s={"closed": 90.5, "open": 8.0, "half_open": 1.5}, trips=3,
+        serving="standby 1", failovers=2, failbacks=1,
+    )  # fmt: skip
+    server.answer_status = lambda rank: STATUS | {"breaker": breaker}
+    scrape, labels = scraped(server), {"model_name": "org/tiny", "tp_rank": "0"}
+    states = scrape.by("state", "sglang_hicache:breaker_state")
+    assert states == {"off": 0, "closed": 0, "open": 0, "half_open": 1}
+    seconds = scrape.by("state", "sglang_hicache:breaker_seconds_total")
+    assert seconds == {"off": 0, "closed": 90.5, "open": 8.0, "half_open": 1.5}
+    for name, value in (("breaker_trips", 3), ("failovers", 2), ("failbacks", 1)):
+        assert scrape.value(f"sglang_hicache:{name}_total", **labels) == value, name
+    assert scrape.value("sglang_hicache:standby_serves", **labels) == 1
+
+
 def test_every_reason_is_told_from_the_start_and_no_fault_makes_a_new_one(server: FakeServer) -> None:
     """An alert on a series that does not exist yet never fires; a series per error text fills the database."""
     scrape = scraped(server)
