@@ -24,6 +24,7 @@ from sglang_hicache.storage.settings import (
     MemorySettings,
     PrefetchSettings,
     split_extra_config,
+    store_settings,
 )
 
 __all__ = ["BackendSpec", "create", "late_io", "names", "spec", "split_extra_config", "validate_extra_config"]
@@ -69,7 +70,13 @@ def spec(name: str) -> BackendSpec:
 def validate_extra_config(name: str, text: str | None) -> tuple[PrefetchSettings, BackendSettings]:
     """Check an extra config without touching anything: the controller's part and the backend's part."""
     prefetch, config = split_extra_config(text)
-    return prefetch, _convert(spec(name), config)
+    settings = _convert(spec(name), config)
+    for number, standby in enumerate(store_settings(text).fault_tolerance.standby, start=1):
+        try:
+            validate_extra_config(standby.backend, standby.extra_config_json())
+        except UserError as error:
+            raise UserError(f"extra config fault_tolerance, standby {number}: {error}") from error
+    return prefetch, settings
 
 
 def late_io(name: str, settings: BackendSettings) -> bool:

@@ -12,6 +12,7 @@ import msgspec
 
 from sglang_hicache.errors import UserError
 from sglang_hicache.storage.capacity import DEFAULT_HIGH, DEFAULT_LOW, parse_size
+from sglang_hicache.storage.fault_tolerance import FaultTolerance, check_fault_tolerance
 
 #: A pipe takes this much without anybody reading: the config reaches the storage process before it has started.
 LARGEST_CONFIG_BYTES = 32 * 1024
@@ -44,12 +45,15 @@ class EncryptionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
 
 
 class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What the storage process does around any backend; the backend never sees it."""
+    """What the storage process does around any backend, and the ranks about one that is sick; the backend never sees
+    it."""
 
     #: Pages are encrypted before the backend gets them; null: they are not.
     encryption: EncryptionSettings | None = None
     #: Seconds for which a page that the store names but does not give is not asked for again; 0: never mind.
     negative_ttl_s: float = 60.0
+    #: When the store counts as sick, and what the server does then by itself.
+    fault_tolerance: FaultTolerance = FaultTolerance()
 
 
 #: What every backend's extra config may hold.
@@ -229,6 +233,8 @@ def _divide(text: str | None) -> tuple[PrefetchSettings, StoreSettings, dict[str
     for name, value in own.items():
         if name == "encryption":
             _check_encryption(value)
+        elif name == "fault_tolerance":
+            check_fault_tolerance(value)
         else:
             _check_number(name, value)
     return msgspec.convert(own, PrefetchSettings), msgspec.convert(own, StoreSettings), config

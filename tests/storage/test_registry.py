@@ -10,6 +10,7 @@ import pytest
 
 from sglang_hicache.errors import UserError
 from sglang_hicache.storage import registry
+from sglang_hicache.storage.fault_tolerance import FaultTolerance
 from sglang_hicache.storage.settings import (
     COMMON_KEYS,
     EncryptionSettings,
@@ -175,5 +176,6 @@ def test_faults_are_records() -> None:
 def test_every_key_is_documented() -> None:
     page = (Path(__file__).parents[2] / "docs" / "extra-config.md").read_text(encoding="utf-8")
     known = {*COMMON_KEYS, *FileSettings.__struct_fields__, *MemorySettings.__struct_fields__}
+    known |= {*FaultTolerance.__struct_fields__}
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == known
