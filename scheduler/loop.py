@@ -119,10 +119,13 @@ class TickLoop:
         effects = self._core.apply(plan)
         self._carry_out(effects)
         self._send_outputs(effects.outputs)
+        forward_us = 0
         if effects.batch is not None:
+            began_us = now_us()
             token_ids = self._worker.forward_blocking(effects.batch)
+            forward_us = max(1, now_us() - began_us)
             self._send_outputs(self._core.apply_results(token_ids))
-        self._mailbox.applied(plan)
+        self._mailbox.applied(plan, forward_us)
         self._beat()
         return effects.stop
 

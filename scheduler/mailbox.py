@@ -36,8 +36,8 @@ class Mailbox(Protocol):
         """Hand over what this rank has seen; the plan to apply now, if there is one."""
         ...
 
-    def applied(self, plan: wire.TickPlan) -> None:
-        """The plan has been applied here."""
+    def applied(self, plan: wire.TickPlan, forward_us: int = 0) -> None:
+        """The plan has been applied here, and its forward took so long; 0: it had none."""
         ...
 
     def wake_at_us(self) -> int | None:
@@ -96,9 +96,9 @@ class LeaderMailbox:
                 raise IntegrityError(f"rank {rank} is dead: it does not take plan {plan.number}")
         return plan
 
-    def applied(self, plan: wire.TickPlan) -> None:
-        """Keep the digest for the followers' reports."""
-        self._leader.applied(self._core.digest)
+    def applied(self, plan: wire.TickPlan, forward_us: int = 0) -> None:
+        """Keep the digest for the followers' reports, and the time of the forward for the next plan."""
+        self._leader.applied(self._core.digest, forward_us)
 
     def wake_at_us(self) -> int | None:
         """The next deadline; none while a follower must catch up first, since its report wakes the loop."""
@@ -154,8 +154,8 @@ class FollowerMailbox:
             raise IntegrityError(f"rank {self._rank} was sent plan {plan.number} after plan {self._last}")
         return plan
 
-    def applied(self, plan: wire.TickPlan) -> None:
-        """Acknowledge."""
+    def applied(self, plan: wire.TickPlan, forward_us: int = 0) -> None:
+        """Acknowledge.  How long the forward took is for the leader to say, who speaks for all."""
         self._last = plan.number
         for command in plan.commands:
             self._parked.discard(command.id)

@@ -166,6 +166,8 @@ class Leader:
         self._applied = [0] * ranks
         #: Own digest after each plan that some follower has not acknowledged.
         self._digests: dict[int, int] = {}
+        #: How long the forward of the latest plan took here; 0: it had none.
+        self._forward_us = 0
         self._has_news = False
 
     # ------------------------------------------------------------------------------------------ mailbox
@@ -213,8 +215,9 @@ class Leader:
         for number in [n for n in self._digests if n <= behind]:
             del self._digests[number]
 
-    def applied(self, digest: int) -> None:
-        """The leader's own replica has applied the latest plan."""
+    def applied(self, digest: int, forward_us: int = 0) -> None:
+        """The leader's own replica has applied the latest plan, and its forward took so long."""
+        self._forward_us = forward_us
         self._applied[0] = self._number
         if self._ranks > 1 and self._config.scheduler.check_digests:
             self._digests[self._number] = digest
@@ -236,7 +239,8 @@ class Leader:
         overdue = {i for i, at in self._deadlines.items() if now_us >= at}
         self._number += 1
         plan = wire.TickPlan(
-            number=self._number, now_us=now_us, storage=storage, ops=self._ledger.op_outcomes(core, ending),
+            number=self._number, now_us=now_us, forward_us=self._forward_us, storage=storage,
+            ops=self._ledger.op_outcomes(core, ending),
             clears=self._ledger.clear_outcomes(core, overdue),
             weights=self._ledger.weights_outcomes(core, overdue),
             canaries=self._ledger.canary_outcomes(core, now_us), commands=self._commands, aborts=self._aborts,

@@ -120,6 +120,16 @@ def test_a_request_is_answered_token_by_token(one_rank):
         assert [output.prompt_tokens for output in outputs] == [15] * len(outputs)
 
 
+def test_the_plan_after_a_forward_says_how_long_it_took(one_rank):
+    with contextlib.ExitStack() as stack:
+        rank, told = serving(one_rank, stack, forwards=3), []
+        apply = rank.core.apply
+        rank.core.apply = lambda plan: told.append(plan.forward_us) or apply(plan)
+        rank.run(request("r", [5, 3, 1], 50))
+        assert told[0] == 0, "no tick before had one"
+        assert len(told) == 4 and all(forward_us > 0 for forward_us in told[1:])
+
+
 def test_the_heartbeat_counts_ticks_and_says_whether_there_is_work(one_rank):
     with contextlib.ExitStack() as stack:
         rank = serving(one_rank, stack, forwards=3)

@@ -28,11 +28,11 @@ class Pair:
         self.follower = FollowerMailbox(config, 1, self.cores[1], self.pollers[1])
         stack.callback(self.follower.close)
 
-    def lead(self, facts: Facts | None = None) -> wire.TickPlan | None:
+    def lead(self, facts: Facts | None = None, forward_us: int = 0) -> wire.TickPlan | None:
         plan = self.leader.next_plan(facts or Facts(), 1)
         if plan is not None:
             self.cores[0].apply(plan)
-            self.leader.applied(plan)
+            self.leader.applied(plan, forward_us)
         return plan
 
     def follow(self, facts: Facts | None = None) -> wire.TickPlan:
@@ -65,6 +65,15 @@ def test_a_plan_goes_to_the_follower_and_comes_back_acknowledged(pair):
     pair.hear()
     pair.lead()
     assert not pair.leader.is_waiting
+
+
+def test_the_next_plan_says_how_long_the_leaders_forward_took(pair):
+    told = []
+    for forward_us in (700, 0, 5):
+        abort(pair)
+        told.append(pair.lead(forward_us=forward_us).forward_us)
+        assert pair.follow().forward_us == told[-1], "followers hear it from the plan, and measure nothing"
+    assert told == [0, 700, 0]
 
 
 def test_a_followers_facts_reach_the_plan_without_a_tick(pair):
