@@ -1,9 +1,10 @@
 """Admin commands on one rank: the strict idle check, what each command starts, and each rank's own answer.
 
 A command arrives in a plan, so every rank judges it in the same tick against the same state and answers for
-itself; the desk merges the answers.  Idle is judged once, in the tick that starts the operation.  The two commands
-that may wait (a flush with a time-out, the detach of a shutdown) are looked at again in every tick until the
-leader's clock has passed their deadline.
+itself; the desk merges the answers.  Idle is judged once, in the tick that starts the operation, and only where the
+command's mode asks for it: what drains, or is forced, is bounded by its deadline instead.  The two commands that may
+wait (a flush with a time-out, the detach of a shutdown) are looked at again in every tick until the leader's clock has
+passed their deadline.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from sglang_hicache.cache.op import OpKind
 from sglang_hicache.cache.tiers import Tiers
 from sglang_hicache.config import PREFETCH_POLICIES, WRITE_POLICIES
 from sglang_hicache.errors import UserError
+from sglang_hicache.scheduler.failover import Failover
 from sglang_hicache.storage import registry
-from sglang_hicache.storage.attachment_events import Answer, Attach, Cleared, Detach, State, Verdict
+from sglang_hicache.storage.attachment_events import Answer, Attach, Cancel, Cleared, Detach, State, Switch, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -33,26 +35,31 @@ class _Waiting:
     command: wire.FlushCache | wire.DetachStorage
     #: Leader's clock when it stops waiting for that.
     idle_by_us: int
-    #: The same for the uploads that a flush has stopped: a store that hangs must not keep it for ever.
+    #: The same for what comes after that: the uploads that a flush has stopped, and what a detach lets run on.  A store
+    #: that hangs must not keep them for ever.
     ends_us: int
 
 
 class Commands:
     """Commands of one replica, from the plan that brings them to the answer."""
 
-    def __init__(self, rank: int, tiers: Tiers, load: Callable[[], dict[str, int]], is_hierarchical: bool) -> None:
+    def __init__(
+        self, rank: int, tiers: Tiers, failover: Failover, load: Callable[[], dict[str, int]], is_hierarchical: bool
+    ) -> None:
         self._rank = rank
         self._tiers = tiers
+        self._failover = failover
         self._load = load
         self._is_hierarchical = is_hierarchical
-        #: Attach commands that the slot works on: their policies take effect with the commit.
+        #: Attaches and switches that the slot works on: their policies take effect with the commit.
         self._attaching: dict[str, wire.AttachStorage] = {}
         #: Clears that the storage processes work on, with their epoch.
         self._clearing: dict[str, int] = {}
         #: Those of them that are the second half of a flush.
         self._flushed: set[str] = set()
-        #: Detach commands that ended an attachment.
+        #: Detach commands that the slot works on, and those of them that ended an attachment.
         self._detaching: set[str] = set()
+        self._ending: set[str] = set()
         self._waiting: dict[str, _Waiting] = {}
         #: Leader's clock when the waiting commands were looked at last.
         self._looked_us = 0
@@ -61,13 +68,15 @@ class Commands:
     def start(self, command: wire.Command, now_us: int) -> None:
         match command:
             case wire.AttachStorage():
-                self._attach(command)
+                self._attach(command, now_us)
             case wire.DetachStorage():
                 self._detach(command, now_us)
             case wire.ClearStorage():
                 self._clear(command)
             case wire.FlushCache():
                 self._flush(command, now_us)
+            case wire.CancelCommand():
+                self._cancel(command)
             case wire.Shutdown():
                 pass  # the loop ends with this tick, and the end of the processes is the answer
 
@@ -94,14 +103,15 @@ class Commands:
 
     # ------------------------------------------------------------------------------------------- attach
 
-    def _attach(self, command: wire.AttachStorage) -> None:
+    def _attach(self, command: wire.AttachStorage, now_us: int) -> None:
+        slot = self._tiers.slot
         try:
             self._check_attach(command)
         except UserError as error:
             self._answer(command.id, False, str(error))
             return
-        slot = self._tiers.slot
-        if slot.face() is State.ATTACHED:
+        is_attached = slot.face() is State.ATTACHED
+        if is_attached and not command.switch:
             self._apply_policies(command)
             same = f"HiCache storage is already enabled with the same backend '{slot.backend}'; policies updated."
             self._answer(command.id, True, same)
@@ -109,14 +119,19 @@ class Commands:
         self._attaching[command.id] = command
         config = command.extra_config_json or "{}"
         _, settings = registry.validate_extra_config(command.backend, config)
-        late_io = registry.late_io(command.backend, settings)
-        self._tiers.carry_out(slot.handle(Attach(command.id, command.backend, config, late_io)))
+        late_io, due_us = registry.late_io(command.backend, settings), now_us + _us(command.deadline_s)
+        if is_attached:
+            drain_us = _us(command.drain_s)
+            event = Switch(command.id, command.backend, config, late_io, due_us=due_us, drain_us=drain_us)
+        else:
+            event = Attach(command.id, command.backend, config, late_io, due_us=due_us)
+        self._tiers.carry_out(slot.handle(event))
 
     def _check_attach(self, command: wire.AttachStorage) -> None:
         """Raise UserError unless the attach may start (or, for what is attached already, update policies)."""
         if not self._is_hierarchical:
             raise UserError(NOT_HIERARCHICAL)
-        if blockers := self._not_idle():
+        if command.mode == "idle" and (blockers := self._not_idle()):
             raise UserError(f"Reject attach: scheduler is not idle. {blockers}")
         for value, allowed, name in (
             (command.prefetch_policy, PREFETCH_POLICIES, "hicache_storage_prefetch_policy"),
@@ -125,17 +140,18 @@ class Commands:
             if value is not None and value not in allowed:
                 raise UserError(f"Invalid {name} '{value}': expected one of {', '.join(allowed)}.")
         slot = self._tiers.slot
-        if slot.face() is State.ATTACHED:
+        if slot.face() is State.ATTACHED and not command.switch:
             if slot.backend != command.backend:
                 raise UserError(
                     f"HiCache storage is already enabled with backend '{slot.backend}', cannot attach "
-                    f"'{command.backend}': detach first."
+                    f"'{command.backend}': detach first, or ask for a switch (\"switch\": true)."
                 )
             given = command.extra_config_json
             if given is not None and not _same_json(given, slot.extra_config_json):
                 raise UserError(
                     f"HiCache storage is already enabled with backend '{slot.backend}' and another extra config, "
-                    "which cannot be changed while it is attached: detach first, then attach with the new one."
+                    "which cannot be changed while it is attached: detach first, then attach with the new one, or ask "
+                    'for a switch ("switch": true).'
                 )
             return
         registry.validate_extra_config(command.backend, command.extra_config_json or "{}")
@@ -154,16 +170,21 @@ class Commands:
             self._detached(answer)
             return
         name = command.backend
-        if answer.verdict is Verdict.OK:
-            self._apply_policies(command)
-            settings, _ = registry.split_extra_config(command.extra_config_json or "{}")
-            self._tiers.prefetcher.settings = settings
-            self._answer(answer.command_id, True, f"Storage backend '{name}' attached successfully.")
-        elif answer.verdict is Verdict.CONFLICT:
+        if answer.verdict is Verdict.CONFLICT:
             busy = f"Another change of the storage is under way: {answer.detail}. Try again when it has ended."
             self._answer(answer.command_id, False, busy)
+            return
+        if answer.verdict is Verdict.OK:
+            self._apply_policies(command)
+            self._answer(answer.command_id, True, f"Storage backend '{name}' attached successfully.{self._drains()}")
         else:
             self._answer(answer.command_id, False, f"Failed to attach storage backend '{name}': {answer.detail}")
+        self._failover.attach_ended(command, answer)
+
+    def _drains(self) -> str:
+        """After a switch: what becomes of the store that was attached before."""
+        old = self._tiers.slot.retiring
+        return f" It took over from '{old.backend}', which ends what it has begun." if old is not None else ""
 
     # ------------------------------------------------------------------------------------------- detach
 
@@ -173,28 +194,56 @@ class Commands:
             return
         if not self._is_hierarchical:
             self._answer(command.id, False, NOT_HIERARCHICAL)
-        elif blockers := self._not_idle():
+        elif command.mode == "idle" and (blockers := self._not_idle()):
             self._answer(command.id, False, f"Reject detach: scheduler is not idle. {blockers}")
         else:
-            self._start_detach(command.id)
+            self._start_detach(command.id, now_us + _us(command.deadline_s))
 
-    def _start_detach(self, command_id: str) -> None:
+    def _start_detach(self, command_id: str, due_us: int) -> None:
+        self._detaching.add(command_id)
         if self._tiers.slot.gate() is not None:
-            self._detaching.add(command_id)
-        self._tiers.carry_out(self._tiers.slot.handle(Detach(command_id)))
+            self._ending.add(command_id)
+        self._failover.detach_begins()
+        self._tiers.carry_out(self._tiers.slot.handle(Detach(command_id, due_us)))
 
     def _detached(self, answer: Answer) -> None:
         """Answer a detach; if it ended an attachment, say what became of the pages."""
         slot, message = self._tiers.slot, "HiCache storage detached successfully."
+        self._detaching.discard(answer.command_id)
         if answer.detail:
             message += f" Pages held {answer.detail}."
-        if answer.command_id in self._detaching:
-            self._detaching.discard(answer.command_id)
+        if answer.command_id in self._ending:
+            self._ending.discard(answer.command_id)
             if slot.last_error:  # the commit emptied it: this is how the attachment ended
                 message += f" It did not end by itself: {slot.last_error}."
             if self._rank == 0:
                 log.info("storage detached: %s", self._tiers.backup.books.since_attach(), extra={"epoch": slot.epoch})
         self._answer(answer.command_id, answer.verdict in (Verdict.OK, Verdict.PAGES_HELD), message)
+
+    # ------------------------------------------------------------------------------------------- cancel
+
+    def _cancel(self, command: wire.CancelCommand) -> None:
+        """Give up what has changed nothing yet; say why of what has."""
+        target, waiting = command.target, self._waiting.get(command.target)
+        if target in self._attaching:
+            self._tiers.carry_out(self._tiers.slot.handle(Cancel(target)))
+        elif waiting is not None and isinstance(waiting.command, wire.FlushCache):
+            del self._waiting[target]
+            self._answer(target, False, "The flush was cancelled: nothing was flushed.")
+        else:
+            self._answer(command.id, False, self._not_cancelled(target))
+            return
+        self._answer(command.id, True, f"Operation {target} is given up.")
+
+    def _not_cancelled(self, target: str) -> str:
+        if target in self._detaching or target in self._waiting:
+            return (
+                f"Operation {target} cannot be cancelled: it takes the storage out, which nothing can undo; it ends by "
+                "its deadline, or sooner with a detach by force."
+            )
+        if target in self._clearing:
+            return f"Operation {target} cannot be cancelled: pages are being deleted."
+        return f"Operation {target} cannot be cancelled: it has ended, or is none that can be given up half-way."
 
     # -------------------------------------------------------------------------------------------- clear
 
@@ -218,7 +267,8 @@ class Commands:
         self._clearing.pop(outcome.command_id, None)
         # Once more: what this rank wrote after its own clear, another rank's slower clear has deleted again.
         self._tiers.carry_out(self._tiers.slot.handle(Cleared()))
-        self._cleared(outcome.command_id, outcome.reasons[self._rank])
+        reason = outcome.reasons[self._rank]
+        self._cleared(outcome.command_id, reason and f"rank {self._rank}: {reason}")
 
     def _cleared(self, command_id: str, reason: str) -> None:
         """Answer a clear, or a flush that ends with one: of the two halves only the second can have failed."""
@@ -238,8 +288,7 @@ class Commands:
         self._wait(command, command.timeout_s, now_us)
 
     def _wait(self, command: wire.FlushCache | wire.DetachStorage, timeout_s: float, now_us: int) -> None:
-        idle_by_us, ends_us = (now_us + int(seconds * 1e6) for seconds in (timeout_s, command.deadline_s))
-        self._waiting[command.id] = _Waiting(command, idle_by_us, ends_us)
+        self._waiting[command.id] = _Waiting(command, now_us + _us(timeout_s), now_us + _us(command.deadline_s))
 
     def look_again(self, now_us: int) -> None:
         """Commands that wait for idleness: has it come, or is their time over?"""
@@ -250,7 +299,7 @@ class Commands:
             elif now_us >= waiting.idle_by_us or not self._tiers.blockers():
                 del self._waiting[command_id]
                 self._tiers.server_ends()
-                self._start_detach(command_id)
+                self._start_detach(command_id, waiting.ends_us)
 
     def _look_at_flush(self, command: wire.FlushCache, waiting: _Waiting, now_us: int) -> None:
         is_over = now_us >= waiting.idle_by_us
@@ -281,6 +330,10 @@ class Commands:
         """When a command stops waiting.  What was over at the last look and still waits does so for something else."""
         known = [at for waiting in self._waiting.values() for at in (waiting.idle_by_us, waiting.ends_us)]
         return min((at for at in known if at > self._looked_us), default=None)
+
+
+def _us(seconds: float) -> int:
+    return int(seconds * 1e6)
 
 
 def _same_json(left: str, right: str) -> bool:

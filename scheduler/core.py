@@ -43,7 +43,7 @@ from sglang_hicache.scheduler.served import Served
 from sglang_hicache.scheduler.status import RankStatus
 from sglang_hicache.scheduler.waiting import WaitingQueue
 from sglang_hicache.scheduler.weights_update import Advance, WeightsInstruction, WeightsUpdate
-from sglang_hicache.storage.attachment_events import Kill, Spawn, Stop
+from sglang_hicache.storage.attachment_events import AUTOMATIC, Kill, Spawn, Stop
 from sglang_hicache.workers.batch import ForwardBatch
 
 
@@ -96,8 +96,8 @@ class SchedulerCore:
         self._results = Results(config.model, self.admission, self._pages, self.longest_tokens, served)
         self.update = WeightsUpdate(rank, config.model, self.tiers, self.waiting, self.admission, self._digest)
         self.status = RankStatus(rank, self.tiers, self.waiting, self.admission, served)
-        self.commands = Commands(rank, self.tiers, self._load, config.cache.hierarchical)
         self.failover = Failover()
+        self.commands = Commands(rank, self.tiers, self.failover, self._load, config.cache.hierarchical)
         self._requests: dict[str, Request] = {}
         self._shares: list[Share] = []
 
@@ -111,7 +111,7 @@ class SchedulerCore:
         """Take one plan.  The caller carries the effects out and, if there is a batch, calls `apply_results`."""
         self.tick = plan.number
         self.status.begin(plan)
-        self.tiers.ops.now_us = plan.now_us
+        self.tiers.ops.now_us = self.tiers.slot.now_us = plan.now_us
         effects = Effects()
         for outcome in plan.storage:
             self.tiers.storage_outcome(outcome)
@@ -152,9 +152,12 @@ class SchedulerCore:
         effects.batch = batches.build(self._shares) if self._shares else None
 
     def _answer_slot(self) -> None:
-        """What the storage slot has answered goes to the commands that asked."""
+        """What the storage slot has answered goes to whoever asked: a command, or the server itself."""
         for answer in self.tiers.take_answers():
-            self.commands.slot_answered(answer)
+            if answer.command_id.startswith(AUTOMATIC):
+                self.failover.slot_answered(answer)
+            else:
+                self.commands.slot_answered(answer)
 
     def apply_results(self, token_ids: list[int]) -> list[wire.RequestOutput]:
         """Take the ids that the forward of this tick sampled, one per row that wanted one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sglang_hicache import wire
+from sglang_hicache.storage.attachment_events import Answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +31,12 @@ class Failover:
 
     def canary_ended(self, outcome: wire.CanaryOutcome) -> None:
         """All ranks agree on how a canary ended."""
+
+    def slot_answered(self, answer: Answer) -> None:
+        """The slot has finished with a change that began here (its id begins with `AUTOMATIC`)."""
+
+    def attach_ended(self, command: wire.AttachStorage, answer: Answer) -> None:
+        """An attach or a switch that a command brought was committed, or has failed."""
+
+    def detach_begins(self) -> None:
+        """A command takes the storage out."""

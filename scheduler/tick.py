@@ -158,17 +158,16 @@ class Leader:
         self._requests: list[wire.NewRequest] = []
         self._aborts: list[str] = []
         self._commands: list[wire.Command] = []
-        #: Leader's clock when a command, and what it started, has had its time.
+        #: Leader's clock when a command that the ranks vote on has had its time; what it asked of the storage slot is
+        #: remembered there.
         self._deadlines: dict[str, int] = {}
-        #: The same for an epoch that drains or closes.
-        self._drains: dict[int, int] = {}
         self._number = 0
         self._applied = [0] * ranks
         #: Own digest after each plan that some follower has not acknowledged.
         self._digests: dict[int, int] = {}
+        self._has_news = False
         #: How long the forward of the latest plan took here; 0: it had none.
         self._forward_us = 0
-        self._has_news = False
 
     # ------------------------------------------------------------------------------------------ mailbox
 
@@ -285,8 +284,7 @@ class Leader:
             stuck = [op for op in core.tiers.ops.of_epoch(epoch) if op.deadline_us and now_us >= op.deadline_us]
             if stuck:
                 return "lost", self._hung(stuck[0])
-        deadline_us = self._deadline_us(attachment, core.tiers.slot, now_us)
-        if deadline_us is not None and now_us >= deadline_us:
+        if attachment.due_us is not None and now_us >= attachment.due_us:
             return "deadline", self._late(attachment)
         return "", ""
 
@@ -312,27 +310,10 @@ class Leader:
         """All ranks but these, as text."""
         return f"rank {', '.join(str(rank) for rank in range(self._ranks) if rank not in ranks)}"
 
-    def _deadline_us(self, attachment: StorageAttachment, slot: StorageSlot, now_us: int) -> int | None:
-        """When the patience with an attachment ends, in the leader's clock."""
-        if attachment.state is State.ATTACHING:
-            return self._deadlines.get(attachment.command_id)
-        if attachment.state in (State.DRAINING, State.DETACHING):
-            asked = [self._deadlines[waiter] for waiter in slot.waiters if waiter in self._deadlines]
-            default_us = now_us + int(self._config.storage.drain_timeout_s * 1e6)
-            return self._drains.setdefault(attachment.epoch, min(asked, default=default_us))
-        return None
-
     def wake_at_us(self, core: SchedulerCore) -> int | None:
         """When the leader must look at the clock again although nothing has arrived."""
-        slot = core.tiers.slot
-        busy = {a.epoch for a in slot.places() if a.state in (State.DRAINING, State.DETACHING)}
-        self._drains = {epoch: at for epoch, at in self._drains.items() if epoch in busy}
-        # After the kill of an attachment only its reap is waited for: a deadline that has passed would keep the leader
-        # awake until then.
-        opening = {a.command_id for a in slot.places() if a.state is State.ATTACHING}
-        alive = opening | set(slot.waiters if busy else ()) | core.unanswered()
-        pending = {command.id for command in self._commands}
-        self._deadlines = {i: at for i, at in self._deadlines.items() if i in alive or i in pending}
-        known = [core.next_deadline_us(), *self._drains.values(), *self._deadlines.values()]
+        alive = core.unanswered() | {command.id for command in self._commands}
+        self._deadlines = {i: at for i, at in self._deadlines.items() if i in alive}
+        known = [core.next_deadline_us(), *self._deadlines.values()]
         known += core.failover.canaries().values()
         return min((at for at in known if at is not None), default=None)

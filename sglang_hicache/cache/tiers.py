@@ -38,6 +38,7 @@ from sglang_hicache.storage.attachment_events import (
     Spawn,
     Stop,
 )
+from sglang_hicache.storage.settings import split_extra_config
 
 
 @dataclass(slots=True)
@@ -117,7 +118,7 @@ class Tiers:
     def carry_out(self, instructions: list[Instruction]) -> None:
         """Do what the attachment machine asks of the cache; keep the rest for the driver and the desk."""
         if self.backup.follow():
-            self.writer.attached()
+            self._attached()
         for instruction in instructions:
             match instruction:
                 case Answer():
@@ -139,6 +140,13 @@ class Tiers:
                     self._driver.append(instruction)
                 case Spawn() | Stop():
                     self._driver.append(instruction)
+
+    def _attached(self) -> None:
+        """Another store than before takes over, whoever asked for it."""
+        current = self.slot.current
+        if current is not None:
+            self.prefetcher.settings, _ = split_extra_config(current.extra_config_json)
+        self.writer.attached()
 
     def _revoke(self, epoch: int) -> None:
         self.prefetcher.stop_epoch(epoch)
@@ -214,5 +222,8 @@ class Tiers:
 
     def next_deadline_us(self) -> int | None:
         """When the clock may change something by itself."""
-        known = (self.prefetcher.next_deadline_us(), self.ops.next_deadline_us(), self.writer.next_deadline_us())
+        known = (
+            self.prefetcher.next_deadline_us(), self.ops.next_deadline_us(), self.writer.next_deadline_us(),
+            self.slot.next_deadline_us(),
+        )
         return min((deadline for deadline in known if deadline is not None), default=None)

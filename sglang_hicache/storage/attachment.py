@@ -7,7 +7,8 @@ the instructions that come back; "is storage on?" is asked of `gate()` and of no
 
 The slot is replicated: it moves only by events of the plan, so all ranks hold equal slots.  It never starts,
 signals or waits for anything, reads no clock and touches no page: the storage driver does the first, the
-leader the second, the cache controller the third.  What it counts is the operations of each epoch.
+leader the second, the cache controller the third.  What it counts is the operations of each epoch, and what it
+remembers is by when each must have ended (`due_us`); that the time has come is an event like any other.
 
 Every pair of state and event stands in `TABLE`, with the handler or with the reason why it cannot come.  The
 leader plans from its own replica, which is the newest, hence a pair that "cannot come" is a defect and raises.
@@ -17,7 +18,7 @@ end of its epoch: either would find the state that the other has just left.
               attach              commit              detach, switch          all closed
     DETACHED ────────▶ ATTACHING ────────▶ ATTACHED ────────────────▶ DRAINING ────────▶ DETACHING ──reaped──▶ DETACHED
                            │                   │                          │                  │
-          open_failed, lost, deadline, detach  │ lost       lost, deadline │         deadline │
+  open_failed, lost, deadline, detach, cancel  │ lost       lost, deadline │         deadline │
                            └───────────────────┴────▶ FAILED ◀────────────┴──────────────────┘
                                                         └──reaped, reap_timeout──▶ DETACHED
 """
@@ -36,6 +37,7 @@ from sglang_hicache.errors import IntegrityError
 from sglang_hicache.storage.attachment_events import (
     Answer,
     Attach,
+    Cancel,
     Cleared,
     Detach,
     Event,
@@ -77,6 +79,11 @@ class StorageAttachment:
     state: State = State.ATTACHING
     #: Operations admitted and not closed.
     in_flight: int = 0
+    #: Leader's clock at which the patience with an opening, draining or detaching one ends; None: it does not, or
+    #: there is nothing to wait for but the reap.
+    due_us: int | None = None
+    #: Of one that is opening: how long the one before it may drain after the commit; None: as long as it takes.
+    drain_us: int | None = None
     #: Why it was killed.
     error: str = ""
 
@@ -99,6 +106,8 @@ class StorageSlot:
         #: Detach commands: answered when all three places are empty.
         self.waiters: list[str] = []
         self.last_epoch = 0
+        #: Leader's clock of the plan that is being applied.
+        self.now_us = 0
         #: Counts clears; nodes tag "stored" with (epoch, generation).
         self.generation = 0
         #: Why the latest attachment failed or was killed; "" after a commit.
@@ -135,6 +144,14 @@ class StorageSlot:
         if self.current is not None and self.current.state is State.ATTACHED:
             return self.current.epoch
         return None
+
+    def serving(self) -> str:
+        """Backend that takes new operations, "" if none does."""
+        return self.current.backend if self.current is not None and self.gate() is not None else ""
+
+    def next_deadline_us(self) -> int | None:
+        """When the patience with one of the attachments ends."""
+        return min((a.due_us for a in self.places() if a.due_us is not None), default=None)
 
     def in_flight(self, epoch: int) -> int:
         """Operations of an epoch that are admitted and not closed."""
@@ -196,7 +213,14 @@ class StorageSlot:
         """The attachments that an event is about, each with its state; DETACHED where there is none."""
         if isinstance(event, Attach | Switch | Cleared):
             return [(self.face(), self.foremost())]
-        found = self.places() if isinstance(event, Detach) else [self.find(event.epoch)]
+        found: list[StorageAttachment | None]
+        match event:
+            case Detach():
+                found = [*self.places()]
+            case Cancel(command_id):
+                found = [a for a in self.places() if command_id and a.command_id == command_id]
+            case _:
+                found = [self.find(event.epoch)]
         return [(a.state if a else State.DETACHED, a) for a in found or [None]]
 
     def _answer_waiters(self) -> Iterator[Instruction]:
@@ -214,7 +238,7 @@ class StorageSlot:
         text = zlib.crc32(msgspec.msgpack.encode(event))
         numbers = [_CODE[kind], text, self.last_epoch, self.generation, len(self.waiters)]
         for place in (self.current, self.candidate, self.retiring):
-            numbers += (place.epoch, _CODE[place.state], place.in_flight) if place else (0,)
+            numbers += (place.epoch, _CODE[place.state], place.in_flight, place.due_us or 0) if place else (0,)
         self._digest.mix(*numbers, *self.quarantined)
 
 
@@ -226,7 +250,8 @@ _CODE: dict[enum.Enum, int] = {member: number for group in (State, Kind) for num
 def _open(slot: StorageSlot, _: StorageAttachment | None, event: Attach | Switch) -> Iterator[Instruction]:
     slot.last_epoch += 1
     slot.candidate = StorageAttachment(
-        slot.last_epoch, event.backend, event.extra_config_json, event.late_io, event.command_id
+        slot.last_epoch, event.backend, event.extra_config_json, event.late_io, event.command_id, due_us=event.due_us,
+        drain_us=event.drain_us if isinstance(event, Switch) else None,
     )
     yield Spawn(slot.last_epoch, event.backend, event.extra_config_json)
 
@@ -238,13 +263,13 @@ def _refuse(slot: StorageSlot, _: StorageAttachment | None, event: Attach | Swit
 
 def _commit(slot: StorageSlot, candidate: StorageAttachment, event: StorageOutcome) -> Iterator[Instruction]:
     old, command_id = slot.current, candidate.command_id
-    candidate.state, candidate.command_id = State.ATTACHED, ""
+    candidate.state, candidate.command_id, candidate.due_us = State.ATTACHED, "", None
     # The old one of a switch may be FAILED here: it was lost while the new one was opening.
     slot.current, slot.candidate, slot.retiring = candidate, None, old
     slot.last_error = ""
     yield Answer(command_id, Verdict.OK, event.detail)
     if old is not None and old.state is State.ATTACHED:
-        yield from _drain(slot, old, event)
+        yield from _drain(old, None if candidate.drain_us is None else slot.now_us + candidate.drain_us)
 
 
 def _wait(slot: StorageSlot, _: StorageAttachment | None, event: Detach) -> Iterator[Instruction]:
@@ -253,19 +278,39 @@ def _wait(slot: StorageSlot, _: StorageAttachment | None, event: Detach) -> Iter
     yield from ()
 
 
+def _hurry(slot: StorageSlot, attachment: StorageAttachment, event: Detach) -> Iterator[Instruction]:
+    """The one that ends already has no longer than this detach gives it: who forces one that drains wants it out."""
+    attachment.due_us = min((at for at in (attachment.due_us, event.due_us) if at is not None), default=None)
+    yield from _wait(slot, attachment, event)
+
+
 def _detach_attached(slot: StorageSlot, attachment: StorageAttachment, event: Detach) -> Iterator[Instruction]:
     yield from _wait(slot, attachment, event)
-    yield from _drain(slot, attachment, event)
+    yield from _drain(attachment, event.due_us)
 
 
 def _detach_opening(slot: StorageSlot, attachment: StorageAttachment, event: Detach) -> Iterator[Instruction]:
     yield from _wait(slot, attachment, event)
-    attachment.state, attachment.error = State.FAILED, "given up by a detach"
+    yield from _give_up(attachment, "given up by a detach")
+
+
+def _cancel_opening(_: StorageSlot, attachment: StorageAttachment, __: Cancel) -> Iterator[Instruction]:
+    yield from _give_up(attachment, "cancelled")
+
+
+def _nothing_to_cancel(_: StorageSlot, __: StorageAttachment | None, ___: Cancel) -> Iterator[Instruction]:
+    """It has ended, or fails already, and is answered as it would be anyway."""
+    yield from ()
+
+
+def _give_up(attachment: StorageAttachment, why: str) -> Iterator[Instruction]:
+    """An opening one is not wanted any more: no error of the storage."""
+    attachment.state, attachment.error, attachment.due_us = State.FAILED, why, None
     yield Kill(attachment.epoch)
 
 
-def _drain(slot: StorageSlot, attachment: StorageAttachment, _: Event) -> Iterator[Instruction]:
-    attachment.state = State.DRAINING
+def _drain(attachment: StorageAttachment, due_us: int | None) -> Iterator[Instruction]:
+    attachment.state, attachment.due_us = State.DRAINING, due_us
     if attachment.in_flight:
         yield RevokeOps(attachment.epoch)
     else:
@@ -278,8 +323,8 @@ def _stop(attachment: StorageAttachment) -> Iterator[Instruction]:
 
 
 def _kill(slot: StorageSlot, attachment: StorageAttachment, event: StorageOutcome) -> Iterator[Instruction]:
-    """Every unhappy end but a detach of an opening one goes this way."""
-    attachment.state = State.FAILED
+    """Every unhappy end but that of an opening one that somebody gave up goes this way."""
+    attachment.state, attachment.due_us = State.FAILED, None
     attachment.error = slot.last_error = event.detail or f"{event.event} ({attachment.backend}, epoch {event.epoch})"
     yield Kill(attachment.epoch)
 
@@ -360,7 +405,13 @@ TABLE: dict[tuple[State, Kind], Handler | Never] = {
     **_row(
         Kind.DETACH,
         _EVERYWHERE,
-        dict.fromkeys(State, _wait) | {State.ATTACHING: _detach_opening, State.ATTACHED: _detach_attached},
+        dict.fromkeys(State, _wait) | {State.ATTACHING: _detach_opening, State.ATTACHED: _detach_attached}
+        | dict.fromkeys((State.DRAINING, State.DETACHING), _hurry),
+    ),
+    **_row(
+        Kind.CANCEL,
+        "it has answered its command, so that no cancel can mean it",
+        {State.DETACHED: _nothing_to_cancel, State.ATTACHING: _cancel_opening, State.FAILED: _nothing_to_cancel},
     ),
     **_row(Kind.ADMITTED, "only the epoch that the gate names takes operations", {State.ATTACHED: _admit}),
     **_row(

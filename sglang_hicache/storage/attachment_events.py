@@ -36,6 +36,7 @@ class Kind(enum.Enum):
     ATTACH = "attach"
     SWITCH = "switch"
     DETACH = "detach"
+    CANCEL = "cancel"
     ADMITTED = "admitted"
     OP_CLOSED = "op_closed"
     CLEARED = "cleared"
@@ -59,6 +60,9 @@ class Verdict(enum.Enum):
     PAGES_HELD = "pages_held"
 
 
+#: With this begins the id of every change that no command has brought, but the server itself.
+AUTOMATIC = "auto-"
+
 # ------------------------------------------------------------------------------------------------ events
 
 
@@ -70,6 +74,8 @@ class _Opening(msgspec.Struct, frozen=True):
     extra_config_json: str
     #: The end of its process does not prove the end of its writes.
     late_io: bool = False
+    #: Leader's clock by which it is open on every rank, or given up; None: there is no hurry.
+    due_us: int | None = None
 
     def __repr__(self) -> str:
         # Without the config: it may hold a key, and this text reaches logs and errors.
@@ -83,9 +89,20 @@ class Attach(_Opening, frozen=True):
 class Switch(_Opening, frozen=True):
     """Open a backend beside the attached one and let it take over; if it fails nothing has changed."""
 
+    #: Microseconds from the commit on in which the attached one may end what it does; None: as long as it takes.
+    drain_us: int | None = None
+
 
 class Detach(msgspec.Struct, frozen=True):
     """Empty all three places."""
+
+    command_id: str
+    #: Leader's clock at which whatever still runs is cut off, also what an earlier detach, or a switch, gave more time.
+    due_us: int | None = None
+
+
+class Cancel(msgspec.Struct, frozen=True):
+    """Give up the backend that is opening for this command; if it is open by now, nothing happens."""
 
     command_id: str
 
@@ -106,12 +123,13 @@ class Cleared(msgspec.Struct, frozen=True):
     """The store was emptied: what nodes remember of being stored is no longer true."""
 
 
-Event = Attach | Switch | Detach | Admitted | OpClosed | Cleared | StorageOutcome
+Event = Attach | Switch | Detach | Cancel | Admitted | OpClosed | Cleared | StorageOutcome
 
 _KIND_OF: dict[type, Kind] = {
     Attach: Kind.ATTACH,
     Switch: Kind.SWITCH,
     Detach: Kind.DETACH,
+    Cancel: Kind.CANCEL,
     Admitted: Kind.ADMITTED,
     OpClosed: Kind.OP_CLOSED,
     Cleared: Kind.CLEARED,

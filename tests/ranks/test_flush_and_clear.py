@@ -75,7 +75,7 @@ def test_a_rank_whose_store_cannot_clear_says_which_half_failed(world: World) ->
     world.settle()
     first, second = answers(world, command)
     assert first.success and not second.success
-    assert second.message == f"{HALF}busy"
+    assert second.message == f"{HALF}rank 1: busy"
     world.check()
 
 
@@ -88,7 +88,9 @@ def test_a_store_that_never_clears_is_told_at_the_deadline(world: World) -> None
     assert not answers(world, command)
     world.now_us += 1_000_001
     tick(world)
-    assert [answer.message for answer in answers(world, command)] == [f"{HALF}not cleared in time"] * 2
+    assert [answer.message for answer in answers(world, command)] == [
+        f"{HALF}rank {rank}: not cleared in time" for rank in (0, 1)
+    ]
     for store in stores:
         store.state = "open"
     world.settle()
