@@ -1,0 +1,427 @@
+"""A drill as it is written down: a TOML file, read into strict records.
+
+Whoever writes a scenario finds out here what is wrong with it, before a server is started or one that serves people is
+touched: an unknown key, a store that does not exist, a fault that could never strike.  `docs/drills.md` explains every
+key.  Pure but for reading the file.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from sglang_hicache.errors import UserError
+from sglang_hicache.storage import registry
+from sglang_hicache.storage.settings import Fault, FaultCall, Faults
+from sglang_hicache.wire import Mode
+
+_Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+_Amount = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+_Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
+_Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9-]{0,40}$")]
+
+#: The storage process of a rank, for a `kill`; every other name is one of `[programs]`.
+STORAGE = "storage"
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every table of a scenario."""
+
+
+class ServerTable(_Record, kw_only=True):
+    """`[server]`: the server that the drill starts, unless it is told to use another one."""
+
+    #: Tensor-parallel ranks.
+    tp_size: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    #: Flags on top of those that every drill has; "{folder}" is the drill's own folder.
+    flags: list[str] = []
+    #: Flags that change what is computed (`--model-path` ...): the server of the reference run gets them as well.
+    model_flags: list[str] = []
+    #: Store that is attached before the load begins; of a server that is not the drill's own: the one that is attached.
+    store: str = ""
+    #: How long a request waits for its prefix; see `docs/extra-config.md`.
+    prefetch_policy: str = "wait_complete"
+
+
+class StoreTable(_Record, kw_only=True):
+    """`[stores.NAME]`: a store that steps attach, break and mend."""
+
+    #: Name of the backend.
+    backend: str
+    #: Its extra config, with the keys that every backend has; a `file_storage_path` is added where none is given.
+    extra_config: dict[str, Any] = {}
+    #: Attached inside the saboteur, so that steps can inject faults.
+    sabotaged: bool = False
+    #: Stores that fault tolerance may fall back to, in this order.
+    standby: list[str] = []
+    #: Wrong on purpose, and so not checked.
+    broken: bool = False
+
+
+class ProgramTable(_Record, kw_only=True):
+    """`[programs.NAME]`: something that the drill starts before the server, such as a store's own server."""
+
+    #: Program and arguments; "{port}" is a port that is free, "{folder}" the drill's own folder.
+    command: Annotated[list[str], msgspec.Meta(min_length=1)]
+
+
+class NeedsTable(_Record, kw_only=True):
+    """`[needs]`: without these the drill is skipped."""
+
+    #: Programs on the PATH.
+    programs: list[str] = []
+    #: Backends that this server has.
+    backends: list[str] = []
+
+
+class LoadTable(_Record, kw_only=True):
+    """`[load]`: conversations that share their beginnings, asked again and again until the timeline is over."""
+
+    #: Conversations at the same time.
+    streams: _Count = 4
+    #: Different conversations; the streams take one after the other and begin again after the last.
+    conversations: _Count = 12
+    #: Questions of each; every one has all questions and answers before it as its beginning.
+    turns: _Count = 2
+    #: Different beginnings, shared by the conversations in turn.
+    prefixes: _Count = 2
+    #: Tokens of each such beginning.
+    shared_tokens: _Amount = 64
+    #: Tokens that each question adds.
+    unique_tokens: _Count = 64
+    #: Tokens of each answer.
+    output_tokens: _Count = 4
+    #: Other tokens for another number.
+    seed: _Amount = 1
+
+    def prompt_tokens(self) -> int:
+        """Of the longest prompt."""
+        return self.shared_tokens + self.turns * self.unique_tokens + (self.turns - 1) * self.output_tokens
+
+
+class StatusTable(_Record, kw_only=True):
+    """What every rank must say of itself; of the breaker, rank 0."""
+
+    #: detached, attaching, attached, draining, detaching, failed.
+    state: str | None = None
+    #: Name of the store that is attached, as the scenario calls it; "" for none.
+    store: str | None = None
+    #: closed, open, half_open, off.
+    breaker: str | None = None
+    #: "primary", "standby 1" ...
+    serving: str | None = None
+    #: Part of what `last_error` says.
+    last_error: str | None = None
+    #: At least so many operations on their way.
+    in_flight: _Amount | None = None
+
+
+class Condition(_Record, kw_only=True):
+    """Something to wait for.  All that is given must hold; what is counted is counted since the step before ended."""
+
+    #: Seconds since the load began.
+    at_s: _Seconds | None = None
+    #: Seconds since the step before.
+    seconds: _Seconds | None = None
+    #: Answers.
+    requests: _Count | None = None
+    #: Prompt tokens that came from storage.
+    storage_tokens: _Count | None = None
+    #: What the status says.
+    status: StatusTable | None = None
+
+
+class _Step(_Record, tag_field="do", kw_only=True):
+    """`[[timeline]]`: one thing that happens."""
+
+    #: For the report; "": what is done.
+    name: str = ""
+    #: Wait for this first.
+    after: Condition = Condition()
+
+
+class FaultStep(_Step, tag="fault", kw_only=True):
+    """From now on these faults and no others, in every process of the store."""
+
+    #: Which store.
+    store: str
+    #: Call to what goes wrong in it; see `docs/drills.md`.
+    faults: dict[FaultCall, Fault]
+
+    def __post_init__(self) -> None:
+        Faults(faults=self.faults)
+
+
+class HealStep(_Step, tag="heal", kw_only=True):
+    """No faults any more; calls that hang come back."""
+
+    #: Which store.
+    store: str
+
+
+class _Command(_Step, kw_only=True):
+    """Something that the server is asked to do."""
+
+    #: idle, drain or force; null: what the server does by itself.
+    mode: Mode | None = None
+    #: Deadline that the server is given; null: the server's own.
+    timeout_s: _Seconds | None = None
+    #: done or refused.
+    expect: Literal["done", "refused"] = "done"
+    #: The answer must hold this text.
+    says: str = ""
+    #: The answer must come within these seconds.
+    within_s: _Seconds | None = None
+
+
+class AttachStep(_Command, tag="attach", kw_only=True):
+    """Attach a store."""
+
+    #: Which one.
+    store: str
+
+
+class SwitchStep(_Command, tag="switch", kw_only=True):
+    """Put a store in the place of the one that is attached."""
+
+    #: Which one.
+    store: str
+
+
+class DetachStep(_Command, tag="detach", kw_only=True):
+    """Detach what is attached."""
+
+
+class DryRunStep(_Step, tag="dry-run", kw_only=True):
+    """Try a store out on every rank and attach nothing."""
+
+    #: Which one.
+    store: str
+    #: done: usable on every rank; refused: not.
+    expect: Literal["done", "refused"] = "done"
+    #: Code that a rank must give, e.g. "no_space".
+    code: str = ""
+    #: The report must come within these seconds.
+    within_s: _Seconds | None = None
+
+
+class FlushStep(_Step, tag="flush", kw_only=True):
+    """Empty device and host.  The load stops for that long, and until all is written."""
+
+
+class KillStep(_Step, tag="kill", kw_only=True):
+    """kill -9."""
+
+    #: "storage" for the storage process of a rank, or a name from `[programs]`.
+    what: str = STORAGE
+    #: Whose storage process.
+    rank: _Amount = 0
+
+
+class StartStep(_Step, tag="start", kw_only=True):
+    """Start a program again that was killed."""
+
+    #: Name from `[programs]`.
+    program: str
+
+
+class RestartStep(_Step, tag="restart", kw_only=True):
+    """Stop the drill's own server and start it again, with the same flags.  The load stops for that long."""
+
+    #: TERM lets it end in order, KILL does not.
+    signal: Literal["TERM", "KILL"] = "TERM"
+
+
+class WaitStep(_Step, tag="wait", kw_only=True):
+    """An assertion: this will hold in time."""
+
+    #: What.
+    until: Condition
+    #: In how many seconds.
+    within_s: _Seconds = 60.0
+
+
+Step = (
+    FaultStep | HealStep | AttachStep | SwitchStep | DetachStep | DryRunStep | FlushStep | KillStep | StartStep
+    | RestartStep | WaitStep
+)  # fmt: skip
+
+
+class ExpectTable(_Record, kw_only=True):
+    """`[expect]`: assertions about the drill as a whole.  null: not asserted."""
+
+    #: At most so many requests may fail.
+    failed_requests: _Amount = 0
+    #: Every answer is that of the reference run, token by token.
+    text_equal: bool = True
+    #: All ranks are in the same state and epoch whenever they are looked at.
+    ranks_agree: bool = True
+    #: At the end no page, operation or storage process is left over.
+    no_leak: bool = True
+    #: At most so many tokens may be computed that the server had computed before.
+    reprefilled_tokens: _Amount | None = None
+    #: At least so many prompt tokens come from storage.
+    storage_tokens: _Amount | None = None
+    #: 99 of 100 first tokens come within these seconds.
+    ttft_p99_s: _Seconds | None = None
+    #: States of the breaker that are seen, in this order.
+    breaker: list[str] = []
+    #: At most so many times may the breaker open.
+    trips: _Amount | None = None
+    #: Name of the store that is attached when the timeline is over; "" for none.
+    store: str | None = None
+
+
+class Scenario(_Record, kw_only=True):
+    """A whole file."""
+
+    #: What the report and the command line call it.
+    name: _Name
+    #: What it shows, in a sentence or two.
+    about: str
+    needs: NeedsTable = NeedsTable()
+    server: ServerTable = ServerTable()
+    stores: dict[_Name, StoreTable] = {}
+    programs: dict[_Name, ProgramTable] = {}
+    load: LoadTable = LoadTable()
+    timeline: Annotated[list[Step], msgspec.Meta(min_length=1)]
+    expect: ExpectTable = ExpectTable()
+
+
+def read(path: Path, *, is_short: bool) -> Scenario:
+    """The scenario of a file; `UserError` says what is wrong with it and where."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the scenario {path} cannot be read: {error}") from error
+    try:
+        return parse(text, is_short=is_short)
+    except UserError as error:
+        raise UserError(f"the scenario {path}: {error}") from error
+
+
+def parse(text: str, *, is_short: bool = False) -> Scenario:
+    """The same for a text."""
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"it is not valid TOML: {error}") from error
+    try:
+        scenario = msgspec.convert(_shortened(tables, is_short), Scenario)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{error}; docs/drills.md has every key") from error
+    for problem in _problems(scenario):
+        raise UserError(problem)
+    return scenario
+
+
+def _shortened(tables: dict[str, Any], is_short: bool) -> dict[str, Any]:
+    """`[short]` laid over the tables that it names, and `short = {...}` over the step that holds it - or left out."""
+    short = tables.pop("short", {})
+    if not isinstance(short, dict):
+        raise UserError("`short` is not a table; it takes tables like [short.load]")
+    if is_short:
+        tables = _overlaid(tables, short)
+    steps = tables.get("timeline")
+    for step in steps if isinstance(steps, list) else ():
+        changes = step.pop("short", {}) if isinstance(step, dict) else {}
+        if is_short:
+            step.update(_overlaid(step, changes))
+    return tables
+
+
+def _overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = dict(below)
+    for name, value in above.items():
+        old = both.get(name)
+        both[name] = _overlaid(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return both
+
+
+def _problems(scenario: Scenario) -> Iterator[str]:
+    """What no single table can know."""
+    stores, programs = scenario.stores, scenario.programs
+    for table, name in _stores_named(scenario):
+        if name and name not in stores:
+            yield f"{table}: there is no store {name!r}; [stores] has {', '.join(stores) or 'none'}"
+    for name, store in stores.items():
+        for other in store.standby:
+            if other not in stores or stores[other].standby:
+                yield f"stores.{name}: standby {other!r} is not a store of its own without standbys"
+        yield from _config_problems(f"stores.{name}", store, scenario.needs)
+    for number, step in enumerate(scenario.timeline, 1):
+        where = f"step {number} ({tag(step)})"
+        if isinstance(step, FaultStep | HealStep) and not stores[step.store].sabotaged:
+            yield f"{where}: the store {step.store!r} takes no faults; give it `sabotaged = true`"
+        if isinstance(step, KillStep) and step.what != STORAGE and step.what not in programs:
+            yield f"{where}: there is no program {step.what!r}; it takes {STORAGE!r} or a name from [programs]"
+        if isinstance(step, KillStep) and step.rank >= scenario.server.tp_size:
+            yield f"{where}: there is no rank {step.rank}; tp_size is {scenario.server.tp_size}"
+        if isinstance(step, StartStep) and step.program not in programs:
+            yield f"{where}: there is no program {step.program!r}; [programs] has {', '.join(programs) or 'none'}"
+        if isinstance(step, WaitStep) and step.until == Condition():
+            yield f"{where}: `until` names nothing to wait for"
+
+
+def _stores_named(scenario: Scenario) -> Iterator[tuple[str, str]]:
+    """Where a store is called by its name."""
+    yield "server", scenario.server.store
+    yield "expect", scenario.expect.store or ""
+    for number, step in enumerate(scenario.timeline, 1):
+        where = f"step {number} ({tag(step)})"
+        if isinstance(step, FaultStep | HealStep | AttachStep | SwitchStep | DryRunStep):
+            yield where, step.store
+        for condition in (step.after, step.until if isinstance(step, WaitStep) else step.after):
+            if condition.status is not None and condition.status.store:
+                yield where, condition.status.store
+
+
+def _config_problems(where: str, store: StoreTable, needs: NeedsTable) -> Iterator[str]:
+    """The extra config, as the server would judge it; not that of a backend without which the drill is skipped."""
+    known = registry.names()
+    if store.broken or (store.backend not in known and store.backend in needs.backends):
+        return
+    try:
+        registry.validate_extra_config(store.backend, msgspec.json.encode(store.extra_config).decode())
+    except UserError as error:
+        yield f"{where}: {error}"
+
+
+def tag(step: Step) -> str:
+    """What the step does, in the word of the file."""
+    return str(step.__struct_config__.tag)
+
+
+def title(step: Step) -> str:
+    """What the report calls the step."""
+    if step.name:
+        return step.name
+    match step:
+        case FaultStep():
+            what = ", ".join(f"{call} {fault.kind}" for call, fault in step.faults.items())
+            return f"fault in {step.store}: {what}"
+        case HealStep() | AttachStep() | SwitchStep() | DryRunStep():
+            return f"{tag(step)} {step.store}"
+        case KillStep():
+            return f"kill {step.what}" + (f" of rank {step.rank}" if step.what == STORAGE else "")
+        case StartStep():
+            return f"start {step.program}"
+        case WaitStep():
+            return f"wait until {words(step.until)}"
+        case DetachStep():
+            return "detach" + (f" ({step.mode})" if step.mode else "")
+        case _:
+            return tag(step)
+
+
+def words(condition: Condition) -> str:
+    """A condition for people."""
+    given = msgspec.to_builtins(condition)
+    status = given.pop("status") or {}
+    parts = [f"{name} {value}" for name, value in given.items() if value is not None]
+    parts += [f"{name} is {value or 'none'!s}" for name, value in status.items() if value is not None]
+    return ", ".join(parts)

@@ -1,0 +1,60 @@
+"""The report of a dry run, for people: what each rank could do with the storage, and what the first one could not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_hicache.ctl.runbook import runbook
+from sglang_hicache.ctl.tables import Screen, age, printable, table
+from sglang_hicache.storage.capacity import size_text
+
+_STEPS = ("connect", "write", "exists", "read", "compare", "delete")
+
+
+def show_report(report: dict[str, Any], screen: Screen) -> None:
+    """A line per rank, and the reasons below."""
+    good = report["ok"]
+    verdict = screen.good("can be attached") if good else screen.bad("cannot be attached")
+    screen.line(f"{printable(report['backend'])}: {verdict}; nothing was")
+    screen.line()
+    headings = ("rank", "result", *_STEPS, "look-up", "write page", "read page", "write rate", "read rate")
+    screen.lines(table(headings, map(_row, report["ranks"])))
+    told = False
+    for code, reasons in _by_reason(report["ranks"]).items():
+        for reason, ranks in reasons.items():
+            screen.line()
+            screen.sentence(f"rank {', '.join(map(str, ranks))}: {reason}", indent="")
+            told = True
+        if page := runbook(f"{code}: "):
+            screen.line(f"  see {page}")
+    if not told:
+        info = next((rank["info"] for rank in report["ranks"] if rank.get("info")), {})
+        screen.lines(f"{printable(name)}: {printable(value)}" for name, value in info.items())
+
+
+def _row(rank: dict[str, Any]) -> list[Any]:
+    took = {step["name"]: age_ms(step["took_s"]) for step in rank["steps"]}
+    steps = [took.get(name, "FAILED" if name == rank["failed_step"] else None) for name in _STEPS]
+    result = "ok" if rank["ok"] else f"{rank['failed_step'] or 'failed'}: {rank['code']}"
+    times = [age_ms(rank[name]) for name in ("lookup_s", "write_page_s", "read_page_s")]
+    return [rank["rank"], result, *steps, *times, _rate(rank["write_rate"]), _rate(rank["read_rate"])]
+
+
+def _by_reason(ranks: list[dict[str, Any]]) -> dict[str, dict[str, list[int]]]:
+    """Ranks by code and by what they say: eight ranks with a wrong password are one sentence."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for rank in ranks:
+        if not rank["ok"]:
+            found.setdefault(rank["code"], {}).setdefault(rank["reason"], []).append(rank["rank"])
+    return found
+
+
+def _rate(bytes_per_s: float | None) -> str | None:
+    return f"{size_text(int(bytes_per_s))}/s" if bytes_per_s else None
+
+
+def age_ms(seconds: float | None) -> str | None:
+    """Times of single calls: milliseconds matter."""
+    if not seconds:
+        return None
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else age(seconds)
