@@ -15,10 +15,10 @@ from typing import Any
 
 from sglang_hicache.config import PREFETCH_POLICIES, WRITE_POLICIES
 from sglang_hicache.ctl.access import add_command, client_of
-from sglang_hicache.ctl.client import QUESTION_TIMEOUT_S, Client, Reply, refusal
+from sglang_hicache.ctl.client import QUESTION_TIMEOUT_S, UNKNOWN_STATUS, Client, Reply, refusal
 from sglang_hicache.ctl.console import Console
 from sglang_hicache.ctl.dry_run import show_report
-from sglang_hicache.ctl.exits import Exit, OutcomeUnknown
+from sglang_hicache.ctl.exits import Exit
 from sglang_hicache.ctl.operations import follow
 from sglang_hicache.errors import UserError
 from sglang_hicache.extra_config import extra_config_json
@@ -101,13 +101,13 @@ def run_dry_run(args: argparse.Namespace, console: Console) -> Exit:
     """PUT with "dry_run": a report, good or bad."""
     body = _body(args) | {"dry_run": True, "timeout_s": args.timeout}
     reply = client_of(args).send("PUT", STORAGE, body, timeout_s=args.timeout + _GRACE_S)
-    if reply.status == 504:
-        raise OutcomeUnknown(reply.message)
     report = _report(reply)
     if console.is_json:
         console.json(report)
     else:
         show_report(report, console.screen)
+    if reply.status == UNKNOWN_STATUS:
+        return Exit.UNKNOWN
     return Exit.OK if report["ok"] else Exit.REFUSED
 
 

@@ -23,7 +23,8 @@ QUESTION_TIMEOUT_S = 10.0
 #: More than any answer has; what is at the URL may be anything.
 _LARGEST_REPLY_BYTES = 64 * 1024 * 1024
 
-_UNKNOWN_STATUS = 504
+#: Not every rank has answered in time.
+UNKNOWN_STATUS = 504
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class Client:
     ) -> Reply:
         """A command that was done or accepted; `timeout_s` must be longer than its own deadline on the server."""
         reply = self.send(method, path, body, query=query, timeout_s=timeout_s)
-        if reply.status == _UNKNOWN_STATUS:
+        if reply.status == UNKNOWN_STATUS:
             raise OutcomeUnknown(reply.message)
         if not reply.is_success:
             raise refusal(reply)

@@ -19,33 +19,33 @@ def show_report(report: dict[str, Any], screen: Screen) -> None:
     screen.line()
     headings = ("rank", "result", *_STEPS, "look-up", "write page", "read page", "write rate", "read rate")
     screen.lines(table(headings, map(_row, report["ranks"])))
-    told = False
-    for code, reasons in _by_reason(report["ranks"]).items():
-        for reason, ranks in reasons.items():
-            screen.line()
-            screen.sentence(f"rank {', '.join(map(str, ranks))}: {reason}", indent="")
-            told = True
+    if good:
+        screen.lines(f"{printable(name)}: {printable(value)}" for name, value in report["ranks"][0]["info"].items())
+        return
+    for (code, reason), ranks in _by_reason(report["ranks"]).items():
+        screen.line()
+        screen.sentence(f"rank {', '.join(map(str, ranks))}: {reason}", indent="")
         if page := runbook(f"{code}: "):
-            screen.line(f"  see {page}")
-    if not told:
-        info = next((rank["info"] for rank in report["ranks"] if rank.get("info")), {})
-        screen.lines(f"{printable(name)}: {printable(value)}" for name, value in info.items())
+            screen.line(f"  what to do: {page}")
+    if report["message"]:
+        screen.line()
+        screen.sentence(report["message"], indent="", first="")
 
 
 def _row(rank: dict[str, Any]) -> list[Any]:
-    took = {step["name"]: age_ms(step["took_s"]) for step in rank["steps"]}
+    took = {step["name"]: _call_time(step["took_s"]) for step in rank["steps"]}
     steps = [took.get(name, "FAILED" if name == rank["failed_step"] else None) for name in _STEPS]
     result = "ok" if rank["ok"] else f"{rank['failed_step'] or 'failed'}: {rank['code']}"
-    times = [age_ms(rank[name]) for name in ("lookup_s", "write_page_s", "read_page_s")]
+    times = [_call_time(rank[name]) for name in ("lookup_s", "write_page_s", "read_page_s")]
     return [rank["rank"], result, *steps, *times, _rate(rank["write_rate"]), _rate(rank["read_rate"])]
 
 
-def _by_reason(ranks: list[dict[str, Any]]) -> dict[str, dict[str, list[int]]]:
-    """Ranks by code and by what they say: eight ranks with a wrong password are one sentence."""
-    found: dict[str, dict[str, list[int]]] = {}
+def _by_reason(ranks: list[dict[str, Any]]) -> dict[tuple[str, str], list[int]]:
+    """Ranks by what they say: eight ranks with a wrong password are one sentence."""
+    found: dict[tuple[str, str], list[int]] = {}
     for rank in ranks:
         if not rank["ok"]:
-            found.setdefault(rank["code"], {}).setdefault(rank["reason"], []).append(rank["rank"])
+            found.setdefault((rank["code"], rank["reason"]), []).append(rank["rank"])
     return found
 
 
@@ -53,7 +53,7 @@ def _rate(bytes_per_s: float | None) -> str | None:
     return f"{size_text(int(bytes_per_s))}/s" if bytes_per_s else None
 
 
-def age_ms(seconds: float | None) -> str | None:
+def _call_time(seconds: float | None) -> str | None:
     """Times of single calls: milliseconds matter."""
     if not seconds:
         return None

@@ -8,9 +8,9 @@ from typing import Any
 from sglang_hicache.ctl.access import add_command, client_of
 from sglang_hicache.ctl.console import Console
 from sglang_hicache.ctl.exits import Exit
-from sglang_hicache.ctl.tables import age, table
+from sglang_hicache.ctl.tables import age, moment, table
 
-_HEADINGS = ("number", "kind", "backend", "began", "lasted", "requests", "computed again", "took", "cause")
+_HEADINGS = ("number", "kind", "backend", "began, UTC", "lasted", "requests", "computed again", "took", "cause")
 
 
 def add_commands(commands: Any) -> None:
@@ -36,12 +36,11 @@ def incident_table(incidents: list[dict[str, Any]]) -> list[str]:
 
 
 def _row(incident: dict[str, Any]) -> list[Any]:
-    began, ended = incident["began_s_ago"], incident["ended_s_ago"]
-    lasted = f"{age(began)} so far" if ended is None else age(began - ended)
+    lasted = age(incident["lasted_s"]) + ("" if incident["ended"] else " so far")
     # Where nobody knows what storage held, the most that it can have cost.
-    cost = incident["reprefilled_tokens"]
-    tokens = f"{cost} tokens" if cost else f"at most {incident['computed_tokens']} tokens"
+    known, most = incident["reprefilled_tokens"], incident["computed_tokens"]
+    tokens = f"{known} tokens" if known or not most else f"at most {most} tokens"
     return [
-        incident["number"], incident["kind"].replace("_", " "), incident["backend"], f"{age(began)} ago", lasted,
+        incident["number"], incident["kind"].replace("_", " "), incident["backend"], moment(incident["began"]), lasted,
         incident["requests"], tokens, age(incident["reprefill_s"]), incident["cause"],
     ]  # fmt: skip

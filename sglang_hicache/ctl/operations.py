@@ -16,7 +16,7 @@ from sglang_hicache.ctl.access import add_command, client_of
 from sglang_hicache.ctl.client import Client
 from sglang_hicache.ctl.console import Console
 from sglang_hicache.ctl.exits import Exit, OutcomeUnknown, Unreachable
-from sglang_hicache.ctl.tables import age, table
+from sglang_hicache.ctl.tables import age, moment, table
 
 OPERATIONS = "/hicache/operations"
 
@@ -32,7 +32,7 @@ _CANCEL_S = 30.0
 #: What the end of an operation is to a script.
 _CODES = {"succeeded": Exit.OK, "unknown": Exit.UNKNOWN}
 
-_HEADINGS = ("operation", "what", "state", "began", "took", "message")
+_HEADINGS = ("operation", "what", "state", "began, UTC", "took", "message")
 
 
 def add_commands(commands: Any) -> None:
@@ -109,9 +109,8 @@ def operation_table(operations: Iterable[dict[str, Any]]) -> list[str]:
 def _row(operation: dict[str, Any]) -> list[Any]:
     what = operation["kind"].replace("_", " ")
     details = [operation["target"], operation["backend"], operation["mode"] and f"({operation['mode']})"]
-    began = operation["began"].replace("T", " ")[:19]
     return [
-        operation["id"], " ".join([what, *filter(None, details)]), operation["state"], began,
+        operation["id"], " ".join([what, *filter(None, details)]), operation["state"], moment(operation["began"]),
         age(operation["took_s"]), operation["message"],
     ]  # fmt: skip
 

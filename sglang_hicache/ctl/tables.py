@@ -38,6 +38,11 @@ def age(seconds: float | None) -> str:
     return f"{int(seconds // 86400)} d {int(seconds % 86400 // 3600)} h"
 
 
+def moment(iso: str) -> str:
+    """A time of the server to the second, in UTC as it told it."""
+    return iso.replace("T", " ")[:19]
+
+
 def amounts(counts: Mapping[str, Any] | None) -> str:
     """`write 2, read 1`: only what there is."""
     return ", ".join(f"{name} {number}" for name, number in (counts or {}).items() if number) or "-"
