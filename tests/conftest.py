@@ -72,6 +72,12 @@ def process_wide_descriptors() -> None:
     zmq.Context.instance().socket(zmq.PAIR).close()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def what_is_imported_stays() -> None:
+    """A search for garbage need not walk through all of torch, which hundreds of leak checks would pay for."""
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compares threads, descriptors and children before and after; `@pytest.mark.leaks(reason)` opts out."""
