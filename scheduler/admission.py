@@ -99,10 +99,11 @@ class Admission:
                 return
             self._waiting.remove(request)
             span = self._prefetcher.span_tokens(request.rid)
+            backend = self._prefetcher.backend(request.rid) or self._slot.serving()
             self._prefetcher.forget(request.rid)
             if request.cached is None:
-                backend = "" if self._slot.gate() is None else spec(self._slot.backend).class_name
-                request.cached = self._pages.cached_tokens(request, match, span, backend)
+                class_name = spec(backend).class_name if backend else ""
+                request.cached = self._pages.cached_tokens(request, match, span, class_name)
             request.move(RequestState.EXTENDING)
             self.running.append(request)
             shares.append(Share(request, min(budget, len(request.tokens) - request.computed)))

@@ -92,7 +92,17 @@ class RankStatus:
             why=why(tiers, self._now_us),
             histograms=self._tiers.measures.snapshot() | self._served.histograms(),
             load=self._load(),
+            places=self._places(),
         )
+
+    def _places(self) -> list[wire.Place]:
+        slot = self._tiers.slot
+        by_role = {"current": slot.current, "candidate": slot.candidate, "retiring": slot.retiring}
+        return [
+            wire.Place(role=role, state=a.state.value, epoch=a.epoch, backend=a.backend, in_flight=a.in_flight)
+            for role, a in by_role.items()
+            if a is not None
+        ]
 
     def _storage_counters(self) -> Counter[str]:
         """In tokens: what a backend has to do with."""

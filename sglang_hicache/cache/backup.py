@@ -14,7 +14,8 @@ next time, or storage is attached anew.
 
 Attaching offers what device and host hold already, as uploads: in the background, behind every fresh backup.
 
-"Stored" is a hint: detach, switch, clear and a read that comes back short take it back.  Replicated; changed only by
+"Stored" is a hint: detach, switch, clear and a read that comes back short take it back.  A switch loses nobody: who
+waited for the old store waits for the new one, behind what must lie before it there.  Replicated; changed only by
 `apply`.
 """
 
@@ -77,11 +78,12 @@ class BackupQueue(Watcher):
         if tag is None:
             self.give_up_all(self.ending)
             return False
-        if before is not None and before[0] == tag[0]:
-            self._offer_parents_again()
-            return False
-        self.books.attached()
-        return True
+        is_another = before is None or before[0] != tag[0]
+        if is_another:
+            self.to_copy.clear()
+            self.books.attached()
+        self._offer_parents_again(is_another)
+        return is_another
 
     def offer(self, nodes: list[Node]) -> None:
         """A request came by these nodes, or their copies have landed; parents first."""
@@ -111,16 +113,21 @@ class BackupQueue(Watcher):
         self.has_news |= bool(self.to_copy)
         self.upload_pages = self.uploads_left()
 
-    def _offer_parents_again(self) -> None:
-        """The store was cleared.  Nothing is written again but what is touched, and what must lie before it."""
+    def _offer_parents_again(self, is_another: bool) -> None:
+        """The store was cleared, or another one has taken over.  Nothing is written again but what is touched, and what
+        must lie before it."""
         for entry in self.line.entries():
+            if self.line.get(entry.node) is not entry:
+                continue  # lost meanwhile, behind another that was
             above, path = entry.node.parent, []
             while above is not None and not self._tree.is_root(above) and above not in self.line:
                 path.append(above)
                 above = above.parent
             for node in reversed(path):
                 self._offer(node, entry.is_upload)
-            if entry.turn is Turn.LINE:
+            if is_another:
+                entry.failures = 0  # they were those of the store before
+            if entry.turn is Turn.LINE or (is_another and entry.turn is Turn.RETRY):
                 self.place(entry)
 
     def _may_follow(self, node: Node) -> bool:
@@ -149,7 +156,7 @@ class BackupQueue(Watcher):
         self.line.remove(node)
         self.books.written(node)
         node.stored = tag
-        self._offer(node, is_upload=True)  # the store that has it may be another one than the present
+        self._offer(node, entry.is_upload)  # the store that has it may be another one than the present
         self._release(node, entry.is_upload)
 
     def found(self, node: Node, tag: tuple[int, int]) -> None:

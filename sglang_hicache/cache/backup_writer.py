@@ -28,6 +28,10 @@ from sglang_hicache.cache.storage_ops import StorageOps
 from sglang_hicache.errors import IntegrityError
 
 
+#: Why a write stops at a page that could have been written all the same.
+_NOT_THE_PAGE = (Loss.NO_SPACE, "revoked")
+
+
 class BackupWriter:
     """Writes under way, and when the next may start."""
 
@@ -139,8 +143,8 @@ class BackupWriter:
         self._storage.close(op)
         self._unlock(op)
         self._queue.books.failed(op.pages - op.done)
-        tag, present = (op.epoch, op.generation), self._storage.tag
-        was_cleared = present is not None and present[0] == op.epoch and present != tag
+        tag, present, is_present = (op.epoch, op.generation), self._storage.tag, self._storage.is_present(op)
+        was_cleared = is_present and present != tag
         end = 0
         for part in self._parts(op):
             end += part.page_count
@@ -151,13 +155,15 @@ class BackupWriter:
                 self._queue.written(entry, tag)
             elif present is None:
                 self._queue.lose(part, self._queue.ending)
-            elif was_cleared or end - part.page_count > op.done or op.reason in (Loss.NO_SPACE, "revoked"):
+            elif not is_present or was_cleared or end - part.page_count > op.done or op.reason in _NOT_THE_PAGE:
                 self._queue.place(entry)  # nothing is wrong with these pages
             else:
                 self._retry(entry, op, now_us)
+        if not is_present:
+            return
         if op.done == op.pages:
             self.full.accepted()
-        elif op.reason == Loss.NO_SPACE and present is not None and self.full.refused(op.id, now_us):
+        elif op.reason == Loss.NO_SPACE and self.full.refused(op.id, now_us):
             self._queue.give_up_all(Loss.NO_SPACE)
 
     def _parts(self, op: Op) -> list[Node]:

@@ -11,6 +11,7 @@ process that was told to stop may still be writing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -85,6 +86,8 @@ class OpTable:
         #: Leader's clock of this tick.
         self.now_us = 0
         self._count = dict.fromkeys(OpKind, 0)
+        #: By epoch and kind.
+        self._count_in: Counter[tuple[int, OpKind]] = Counter()
 
     def __len__(self) -> int:
         return len(self._ops)
@@ -98,6 +101,10 @@ class OpTable:
     def count(self, kind: OpKind) -> int:
         return self._count[kind]
 
+    def count_in(self, epoch: int, kind: OpKind) -> int:
+        """Ops of one attachment in flight."""
+        return self._count_in[epoch, kind]
+
     def counts(self) -> dict[str, int]:
         """Ops in flight by lower-case kind, kinds without any left out."""
         return {kind.name.lower(): n for kind, n in self._count.items() if n}
@@ -110,6 +117,7 @@ class OpTable:
         op = Op(self._last_id, kind, epoch, pages, started_us=self.now_us)
         self._ops[op.id] = op
         self._count[kind] += 1
+        self._count_in[epoch, kind] += 1
         self._digest.mix(51, op.id, kind, pages, epoch)
         return op
 
@@ -133,6 +141,9 @@ class OpTable:
         if self._ops.pop(op.id, None) is not op:
             raise IntegrityError(f"{op!r} is removed twice")
         self._count[op.kind] -= 1
+        self._count_in[op.epoch, op.kind] -= 1
+        if not self._count_in[op.epoch, op.kind]:
+            del self._count_in[op.epoch, op.kind]
         self._digest.mix(54, op.id)
 
     def next_deadline_us(self) -> int | None:

@@ -57,8 +57,9 @@ class Prefetch:
     phase: PrefetchPhase = PrefetchPhase.LOOKUP
     #: Leader's clock when the request was first held back by this prefetch.
     blocked_since_us: int | None = None
-    #: Pages of the span that are now in the tree because storage had them.
+    #: Pages of the span that are now in the tree because storage had them, and the backend that had them.
     published: int = 0
+    backend: str = ""
 
 
 class Prefetcher:
@@ -193,6 +194,11 @@ class Prefetcher:
         start = prefetch.start_page * self._page_size
         return start, start + prefetch.published * self._page_size
 
+    def backend(self, rid: str) -> str:
+        """Name of the backend that the pages of `span_tokens` came from: after a switch another one may serve."""
+        prefetch = self._by_rid.get(rid)
+        return prefetch.backend if prefetch is not None else ""
+
     # ------------------------------------------------------------------------------------ outcomes of ops
 
     def lookup_settled(self, op: Op, now_us: int) -> None:
@@ -242,7 +248,7 @@ class Prefetcher:
         if node is None:  # the anchor was evicted while the pages were on their way
             self.counters["anchor_lost"] += len(pages) * self._page_size
             return
-        prefetch.published = len(pages)
+        prefetch.published, prefetch.backend = len(pages), self._storage.backend_of(op)
         self.counters["prefetched"] += len(pages) * self._page_size
         part: Node | None = node
         while part is not None and part.depth_pages >= prefetch.start_page and part.page_count:
@@ -252,7 +258,7 @@ class Prefetcher:
     def _missed(self, prefetch: Prefetch, op: Op) -> None:
         """The store has not given the page after the last: somebody else may have put it into the tree meanwhile, and
         believe it stored."""
-        if op.done < op.pages and op.reason not in UNASKED:
+        if op.done < op.pages and op.reason not in UNASKED and self._storage.is_present(op):
             self._backup.not_there(prefetch.seed, prefetch.key, prefetch.start_page + op.done)
 
     def close(self, op: Op) -> None:

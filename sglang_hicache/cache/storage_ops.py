@@ -35,14 +35,26 @@ class StorageOps:
         epoch = self._slot.gate()
         return None if epoch is None else (epoch, self._slot.generation)
 
+    def is_present(self, op: Op) -> bool:
+        """Does the op run in what is attached now?  What one of a store that drains has seen, or not seen, says nothing
+        of the store that has taken over."""
+        return op.epoch == self._slot.gate()
+
+    def backend_of(self, op: Op) -> str:
+        """Name of the backend that an op in flight is with."""
+        attachment = self._slot.find(op.epoch)
+        return attachment.backend if attachment is not None else ""
+
     def count(self, kind: OpKind) -> int:
-        """Ops of a kind in flight, those in quarantine not among them."""
-        return self._ops.count(kind)
+        """Ops of a kind in flight in what is attached.  Those that a hanging store still holds while it drains, or in
+        quarantine, take no place from those of the store after it."""
+        epoch = self._slot.gate()
+        return 0 if epoch is None else self._ops.count_in(epoch, kind)
 
     def admit(self, kind: OpKind, pages: int, now_us: int, rid: str = "") -> Op | None:
         """Enter an op, or None when the gate is closed or storage has enough to do."""
         tag = self.tag
-        if tag is None or self._ops.count(kind) >= MAX_IN_FLIGHT:
+        if tag is None or self.count(kind) >= MAX_IN_FLIGHT:
             return None
         op = self._ops.add(kind, pages, tag[0])
         op.rid, op.generation = rid, tag[1]

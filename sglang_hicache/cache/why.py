@@ -55,7 +55,7 @@ def _not_written(tiers: Tiers, now_us: int) -> Iterator[str]:
         wait = _seconds(due_us - now_us)
         nodes = f"{line.retrying()} nodes wait for another attempt, the first in {wait}"
         yield f"the store failed (last_error says how): {nodes}"
-    if line.fresh.line and tiers.ops.count(OpKind.WRITE) >= MAX_WRITES:
+    if line.fresh.line and tiers.storage.count(OpKind.WRITE) >= MAX_WRITES:
         yield f"{len(line.fresh.line)} backups wait: {MAX_WRITES} writes are under way, the most that may be"
     elif _is_held_by_locks(tiers) and full.since_us is None and not queue.is_held:
         locked = (tiers.controller.tree.host_tokens - tiers.controller.tree.host_tokens_evictable) // tiers.page_size
@@ -74,7 +74,7 @@ def _not_written(tiers: Tiers, now_us: int) -> Iterator[str]:
 def _is_held_by_locks(tiers: Tiers) -> bool:
     """Does the next write wait until host pages are free?  One that nothing holds up starts in a moment."""
     entry = tiers.backup.line.next(is_upload=False)
-    writes = sum(tiers.ops.count(kind) for kind in WRITES)
+    writes = sum(tiers.storage.count(kind) for kind in WRITES)
     return bool(entry and writes and not has_room(tiers.controller.tree, entry.node, tiers.writer.limits.locked_pages))
 
 
