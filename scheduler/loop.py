@@ -3,7 +3,7 @@
     collect     messages of the tokenizer, of the storage processes, of other ranks; finished copies
     plan        written (leader) or received (follower)
     apply       the core says what this rank's hands must do
-    hands       new weights, copies out, copies in, storage instructions, storage messages, answers
+    hands       new weights, copies out, copies in, storage instructions, storage messages, canaries, answers
     forward     if there is a batch; its ids go back into the core
     report      what this rank has seen, and that it has applied the plan
 
@@ -22,6 +22,7 @@ from sglang_hicache.heartbeat import Heartbeat
 from sglang_hicache.observe import learn_secrets
 from sglang_hicache.scheduler.core import Effects, SchedulerCore
 from sglang_hicache.scheduler.mailbox import Mailbox
+from sglang_hicache.scheduler.probes import Key, Probes
 from sglang_hicache.scheduler.status import merged
 from sglang_hicache.scheduler.storage_driver import StorageDriver
 from sglang_hicache.scheduler.weights_driver import WeightsDriver
@@ -49,6 +50,7 @@ class TickLoop:
         core: SchedulerCore,
         worker: Worker,
         driver: StorageDriver,
+        probes: Probes,
         weights: WeightsDriver,
         mailbox: Mailbox,
         inbox: Pull,
@@ -60,6 +62,7 @@ class TickLoop:
         self._core = core
         self._worker = worker
         self._driver = driver
+        self._probes = probes
         self._weights = weights
         self._mailbox = mailbox
         self._inbox = inbox
@@ -84,17 +87,41 @@ class TickLoop:
 
     def _collect(self, now: int) -> None:
         for message in self._inbox.receive_all():
-            if isinstance(message, wire.QueryStatus):
-                self._send(self._status(message.id, now))
-            else:
-                if isinstance(message, wire.AttachStorage):
-                    learn_secrets(message.extra_config_json)
-                self._mailbox.receive(message, now)
+            self._receive(message, now)
         self._driver.poll(now)
+        for key, report in self._probes.poll(now):
+            self._tried(key, report)
         finished = self._worker.finished_copies()
         self._copies_under_way -= len(finished)
         self._driver.copies_finished(finished)
         self._weights.poll()
+
+    def _receive(self, message: wire.ToRank, now: int) -> None:
+        """What this rank sees to by itself, outside the plan; the rest is the mailbox's."""
+        if isinstance(message, wire.AttachStorage | wire.DryRunStorage):
+            learn_secrets(message.extra_config_json)
+        match message:
+            case wire.QueryStatus():
+                self._send(self._status(message.id, now))
+            case wire.DryRunStorage():
+                until_us = now + int(message.deadline_s * 1e6)
+                self._probes.start(message.id, message.backend, message.extra_config_json, until_us)
+            case wire.CancelCommand() if self._probes.knows(message.target):
+                # Every rank was sent the dry run before this, so all of them come here and none waits for a plan.
+                is_cancelled = self._probes.cancel(message.target)
+                said = "The dry run was given up." if is_cancelled else "The dry run has ended already."
+                self._send(wire.CommandAnswer(id=message.id, rank=self._rank, success=is_cancelled, message=said))
+            case _:
+                self._mailbox.receive(message, now)
+
+    def _tried(self, key: Key, report: wire.DryRunReport) -> None:
+        """A try of a backend has ended here: an operator's is answered, the leader's goes to the leader."""
+        if isinstance(key, int):
+            self._driver.canary_ended(key, report)
+            return
+        self._send(wire.CommandAnswer(
+            id=key, rank=self._rank, success=not report.failed_step, message=report.reason, report=report
+        ))
 
     def _status(self, query_id: str, now: int) -> wire.StatusAnswer:
         status, driver, update = self._core.status.answer(query_id), self._driver, self._core.update
@@ -141,6 +168,9 @@ class TickLoop:
             self._driver.carry_out(instruction, now_us())
         for epoch, message in effects.to_storage:
             self._driver.send(epoch, message)
+        for canary in effects.canaries:
+            until_us = now_us() + int(canary.deadline_s * 1e6)
+            self._probes.start(canary.number, canary.backend, canary.extra_config_json, until_us)
         for answer in effects.answers:
             self._send(answer)
 
@@ -163,7 +193,7 @@ class TickLoop:
 
     def _sleep_blocking(self) -> None:
         self._heartbeat.set_pending(self._rank, self._mailbox.is_waiting)
-        known = [self._mailbox.wake_at_us(), self._driver.wake_at_us()]
+        known = [self._mailbox.wake_at_us(), self._driver.wake_at_us(), self._probes.wake_at_us()]
         now = now_us()
         if self._copies_under_way:
             known.append(now + COPY_POLL_US)

@@ -72,8 +72,8 @@ class LeaderMailbox:
                 self._leader.add_request(message)
             case wire.AbortRequest():
                 self._leader.add_abort(message.rid)
-            case wire.QueryStatus():
-                raise ProtocolError("a question about the status is not for the plan")
+            case wire.QueryStatus() | wire.DryRunStorage():
+                raise ProtocolError(f"{type(message).__name__} is not for the plan")
             case _:
                 self._leader.add_command(message, now_us)
 
@@ -137,7 +137,7 @@ class FollowerMailbox:
 
     def receive(self, message: wire.ToRank, now_us: int) -> None:
         """Park a command by its id: the plan will bring the command itself."""
-        if isinstance(message, wire.NewRequest | wire.AbortRequest | wire.QueryStatus):
+        if isinstance(message, wire.NewRequest | wire.AbortRequest | wire.QueryStatus | wire.DryRunStorage):
             raise ProtocolError(f"{type(message).__name__} was sent to rank {self._rank}, which does not lead")
         if message.id not in self._planned:
             self._parked.add(message.id)

@@ -19,6 +19,7 @@ from sglang_hicache.config import ServerConfig
 from sglang_hicache.scheduler.core import SchedulerCore
 from sglang_hicache.scheduler.loop import TickLoop
 from sglang_hicache.scheduler.mailbox import FollowerMailbox, LeaderMailbox
+from sglang_hicache.scheduler.probes import Probes
 from sglang_hicache.scheduler.stop_text import StopWatch
 from sglang_hicache.scheduler.storage_driver import StorageDriver
 from sglang_hicache.scheduler.storage_launcher import StorageLauncher
@@ -89,6 +90,8 @@ def wire_up(child: Child, worker: Worker, host: HostPool | None, stack: contextl
     launcher = StorageLauncher(config, rank, worker.layout, host)
     driver = StorageDriver(launcher, poller)
     stack.callback(driver.close)
+    probes = Probes(launcher.dry_run, poller)
+    stack.callback(probes.close)
     if rank == 0:
         mailbox: LeaderMailbox | FollowerMailbox = LeaderMailbox(config, core, poller)
     else:
@@ -99,4 +102,4 @@ def wire_up(child: Child, worker: Worker, host: HostPool | None, stack: contextl
     to_tokenizer = Push(ipc_address(run_dir, "from_ranks"), wire.FromRank, bind=False)
     stack.callback(to_tokenizer.close)
     weights = WeightsDriver(worker, driver, launcher)
-    return TickLoop(rank, core, worker, driver, weights, mailbox, inbox, to_tokenizer, poller, child.heartbeat)
+    return TickLoop(rank, core, worker, driver, probes, weights, mailbox, inbox, to_tokenizer, poller, child.heartbeat)

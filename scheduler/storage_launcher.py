@@ -5,6 +5,8 @@ Called by the storage driver, on the scheduler thread.
 
 from __future__ import annotations
 
+import msgspec
+
 from sglang_hicache import wire
 from sglang_hicache.cache.page import namespace
 from sglang_hicache.cache.pools import HostPool
@@ -41,20 +43,29 @@ class StorageLauncher:
 
     def __call__(self, spawn: Spawn) -> StorageClient:
         """Start this rank's storage process of one epoch."""
-        config, layout, host = self._config, self._layout, self._host
+        host = self._host
         assert host is not None, "the core refuses an attach without hierarchical cache"
-        opened = wire.OpenBackend(
+        opened = self._open(spawn.epoch, spawn.backend, spawn.extra_config_json)
+        return StorageClient(msgspec.structs.replace(opened, host_pages=host.pages), host.fd, self._config.run_dir)
+
+    def dry_run(self, number: int, backend: str, extra_config_json: str) -> StorageClient:
+        """Start a process that tries a backend out, by a number of its own, and says what it has found."""
+        opened = self._open(number, backend, extra_config_json)
+        return StorageClient(msgspec.structs.replace(opened, is_dry_run=True), None, self._config.run_dir)
+
+    def _open(self, epoch: int, backend: str, extra_config_json: str) -> wire.OpenBackend:
+        config, layout = self._config, self._layout
+        return wire.OpenBackend(
             rank=self._rank,
-            epoch=spawn.epoch,
-            backend=spawn.backend,
-            extra_config_json=spawn.extra_config_json,
+            epoch=epoch,
+            backend=backend,
+            extra_config_json=extra_config_json,
             namespace=self._namespace,
             head_start=layout.head_start,
             head_end=layout.head_end,
             writes=layout.writes,
             page_bytes=layout.page_bytes,
-            host_pages=host.pages,
+            host_pages=0,
             log_format=config.log.format,
             log_level=config.log.level,
         )
-        return StorageClient(opened, host.fd, config.run_dir)

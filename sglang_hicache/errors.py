@@ -19,12 +19,14 @@ class StorageError(HiCacheError):
     """A backend could not do what was asked; a value for the op that asked, never fatal to a rank.
 
     `reason` is for programs: "io", "no_space", "refused" (the store does not want us) or "contract" (a backend
-    answered in a way that its interface does not allow).
+    answered in a way that its interface does not allow).  `code` is for operators: one of `storage/diagnosis.py`, where
+    whoever raises this knows better than the error behind it; "" leaves it to that.
     """
 
-    def __init__(self, message: str, reason: str = "io") -> None:
+    def __init__(self, message: str, reason: str = "io", code: str = "") -> None:
         super().__init__(message)
         self.reason = reason
+        self.code = code
 
 
 #: Why an op with the store may stop short: what stands before the colon of its reason.  Those of a `StorageError`, then

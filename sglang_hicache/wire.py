@@ -535,9 +535,11 @@ class BackendStats(Message):
 
 
 class DryRunDone(Message):
-    """What was found out; the process exits after this."""
+    """What was found out; the process exits after the last one."""
 
     report: DryRunReport
+    #: False: just before a step, which stands there as the one that failed: it will have, if nothing more comes.
+    is_last: bool = True
 
 
 FromStorage = BackendOpened | BackendOpenFailed | OpProgress | ClearDone | BackendStats | DryRunDone

@@ -33,11 +33,11 @@ _HIGH_WATER = 4096
 
 
 class StorageClient:
-    """One storage process, from its start to its reap."""
+    """One storage process, from its start to its reap.  `host_fd` is None for a dry run."""
 
-    def __init__(self, open: wire.OpenBackend, host_fd: int, run_dir: str) -> None:
+    def __init__(self, open: wire.OpenBackend, host_fd: int | None, run_dir: str) -> None:
         self._open = open
-        to_name, from_name = socket_names(open.rank, open.epoch)
+        to_name, from_name = socket_names(open)
         self._addresses = [ipc_address(run_dir, name) for name in (to_name, from_name)]
         #: Made when the process says that it is open: by then it has bound its end, so that no message can be lost.
         self._push: Push | None = None
@@ -48,7 +48,7 @@ class StorageClient:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", _MODULE, "rank", str(open.rank), open.backend],
                 stdin=reader,
-                pass_fds=(host_fd,),
+                pass_fds=() if host_fd is None else (host_fd,),
                 start_new_session=True,
                 env=_environment(),
             )

@@ -9,6 +9,8 @@ calls into the backend once it is open; they hand their reports to the `Outbox`,
 
 How it ends: told to stop, or the rank closes its end of the pipe: batches that run are finished, the backend is closed,
 exit 0.  The rank dies: the kernel kills this process at once.  It hangs: the rank kills the process group.
+
+A dry run (`dry_run.py`) has neither the pool nor lanes: it says what it has found, and goes.
 """
 
 from __future__ import annotations
@@ -29,16 +31,18 @@ import msgspec
 from sglang_hicache import wire
 from sglang_hicache.cache.pools import HostPool
 from sglang_hicache.config import LogConfig
-from sglang_hicache.errors import HiCacheError, ProtocolError, StorageError
+from sglang_hicache.errors import ProtocolError, StorageError
 from sglang_hicache.observe import learn_secrets, report_uncaught, start_logging, without_secrets
 from sglang_hicache.sockets import Poller, Pull, Push, ipc_address
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.backend import OpenContext, StorageBackend
 from sglang_hicache.storage.checked import CheckedStore, Shared
+from sglang_hicache.storage.diagnosis import diagnose
 from sglang_hicache.storage.encryption import open_cipher_blocking
 from sglang_hicache.storage.negative import NegativeCache
 from sglang_hicache.storage.page_format import PageLayout, Part
 from sglang_hicache.storage.settings import store_settings
+from sglang_hicache.workers.dry_run import DryRun
 from sglang_hicache.workers.storage_lanes import ClearOp, Lane, LookupOp, Op, ReadOp, WriteOp
 
 _logger = logging.getLogger(__name__)
@@ -65,15 +69,17 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     """What the process is told through the pipe, before any socket exists."""
 
     open: wire.OpenBackend
-    #: Descriptor of the host pool, inherited under the same number.
-    host_fd: int
+    #: Descriptor of the host pool, inherited under the same number; None: a dry run, which has no business there.
+    host_fd: int | None
     run_dir: str
     parent_pid: int
 
 
-def socket_names(rank: int, epoch: int) -> tuple[str, str]:
-    """Names of the sockets to and from the storage process of one attachment."""
-    return f"storage_{rank}_{epoch}_to", f"storage_{rank}_{epoch}_from"
+def socket_names(opened: wire.OpenBackend) -> tuple[str, str]:
+    """Names of the sockets to and from the storage process of one attachment, or of one dry run, whose numbers are
+    others."""
+    kind = "dry_run" if opened.is_dry_run else "storage"
+    return f"{kind}_{opened.rank}_{opened.epoch}_to", f"{kind}_{opened.rank}_{opened.epoch}_from"
 
 
 class Outbox:
@@ -307,7 +313,8 @@ def read_bootstrap(descriptor: int) -> Bootstrap:
 def serve_blocking(bootstrap: Bootstrap) -> int:
     """Open, serve, close; the exit status."""
     opened = bootstrap.open
-    to_name, from_name = socket_names(opened.rank, opened.epoch)
+    assert bootstrap.host_fd is not None, "only a dry run has no host pool"
+    to_name, from_name = socket_names(opened)
     pull = Pull(ipc_address(bootstrap.run_dir, to_name), wire.ToStorage, bind=True)
     push = Push(ipc_address(bootstrap.run_dir, from_name), wire.FromStorage, bind=False)
     pool = HostPool.attach(bootstrap.host_fd, opened.host_pages, opened.page_bytes)
@@ -315,9 +322,9 @@ def serve_blocking(bootstrap: Bootstrap) -> int:
         try:
             store = open_store_blocking(opened)
         except Exception as error:  # process edge: whatever a backend's library throws is the answer of this attach
-            reason = str(error) if isinstance(error, HiCacheError) else f"{type(error).__name__}: {error}"
-            _logger.warning("cannot attach: %s", reason)
-            push.send(wire.BackendOpenFailed(epoch=opened.epoch, reason=without_secrets(reason)))
+            found = diagnose(error, opened.backend)
+            _logger.warning("cannot attach: %s", found)
+            push.send(wire.BackendOpenFailed(epoch=opened.epoch, reason=without_secrets(str(found))))
             return EXIT_OPEN_FAILED
         _logger.info("attached %r", store.backend, extra={"epoch": opened.epoch})
         outbox = Outbox(push)
@@ -331,6 +338,18 @@ def serve_blocking(bootstrap: Bootstrap) -> int:
         push.close()
 
 
+def dry_run_blocking(bootstrap: Bootstrap) -> int:
+    """Try the backend out and say what was found; the exit status."""
+    _, from_name = socket_names(bootstrap.open)
+    push = Push(ipc_address(bootstrap.run_dir, from_name), wire.FromStorage, bind=False)
+    dry_run = DryRun(bootstrap.open, lambda report: push.send(wire.DryRunDone(report=report, is_last=False)))
+    try:
+        push.send(wire.DryRunDone(report=dry_run.run_blocking()))
+    finally:
+        push.close()
+    return 0
+
+
 def main() -> int:
     """The process."""
     bootstrap = read_bootstrap(CONFIG_FD)
@@ -340,7 +359,7 @@ def main() -> int:
     speaker = f"storage rank {opened.rank} {opened.backend}"
     start_logging(speaker, LogConfig(format=opened.log_format, level=opened.log_level))
     report_uncaught()
-    return serve_blocking(bootstrap)
+    return dry_run_blocking(bootstrap) if opened.is_dry_run else serve_blocking(bootstrap)
 
 
 if __name__ == "__main__":

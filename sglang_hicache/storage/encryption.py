@@ -118,4 +118,4 @@ def _from_base64(text: bytes) -> bytes:
 
 
 def _refusal(complaint: str) -> StorageError:
-    return StorageError(f"the file of extra config encryption.key_file {complaint}", "refused")
+    return StorageError(f"the file of extra config encryption.key_file {complaint}", "refused", "bad_config")

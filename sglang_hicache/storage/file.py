@@ -78,6 +78,7 @@ class FileBackend(StorageBackend):
             raise StorageError(
                 f"max_size={settings.max_size} is less than one page of {page_bytes} bytes; give more, or 0: no limit",
                 "refused",
+                "bad_config",
             )
         high, low = settings.watermarks()
         limits = Limits(max_bytes or 0, self._min_free_bytes or 0, high, low, page_bytes)
@@ -96,7 +97,7 @@ class FileBackend(StorageBackend):
             disk = os.statvfs(self._root)
             sweep(self._root / TMP)
         except OSError as error:
-            raise _fault(f"cannot use {self._root} as storage folder", error) from error
+            raise fault(f"cannot use {self._root} as storage folder", error) from error
         disk_bytes = disk.f_blocks * disk.f_frsize
         if self._min_free_bytes is None:
             self._share.keep_free(default_min_free_bytes(disk_bytes))
@@ -105,6 +106,7 @@ class FileBackend(StorageBackend):
                 f"min_free_space={size_text(self._min_free_bytes)} is all of the disk, which has "
                 f"{size_text(disk_bytes)}; give less",
                 "refused",
+                "bad_config",
             )
         self._evictor.start()
 
@@ -125,7 +127,7 @@ class FileBackend(StorageBackend):
             except FileNotFoundError:
                 return index
             except OSError as error:
-                raise _fault("cannot look up a page", error) from error
+                raise fault("cannot look up a page", error) from error
         return len(names)
 
     def read_blocking(self, pages: Sequence[IncomingPage]) -> list[PageOutcome]:
@@ -146,7 +148,7 @@ class FileBackend(StorageBackend):
         try:
             self._touch_parent(pages[0])
         except OSError as error:
-            return [_fault("cannot look at the parent of a page", error)]
+            return [fault("cannot look at the parent of a page", error)]
         for page in pages:
             outcomes.append(self._write(page))
             if isinstance(outcomes[-1], StorageError):
@@ -166,7 +168,7 @@ class FileBackend(StorageBackend):
             self._share.changed(0, -1)
             self._share.changed(-trim_blocking(self._root, self._share.limits.max_bytes), 0)
         except OSError as error:
-            raise _fault("cannot set a page aside", error) from error
+            raise fault("cannot set a page aside", error) from error
         self._share.tell()
         return True
 
@@ -175,7 +177,7 @@ class FileBackend(StorageBackend):
             found = walk_blocking(self._root, namespace)
             removed = sum(self._delete(page.path) for page in found if read_header(page.path) is not None)
         except OSError as error:
-            raise _fault("cannot clear", error) from error
+            raise fault("cannot clear", error) from error
         finally:
             self._share.tell()
         return removed
@@ -191,7 +193,7 @@ class FileBackend(StorageBackend):
             # Somebody cleared or evicted meanwhile; what is gone needs no longer life.
             return
         except OSError as error:
-            raise _fault("cannot touch a page", error) from error
+            raise fault("cannot touch a page", error) from error
 
     def use_namespace(self, namespace: str) -> None:
         self._share.use_namespace(namespace)
@@ -237,7 +239,7 @@ class FileBackend(StorageBackend):
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise _fault("cannot delete a page", error) from error
+            raise fault("cannot delete a page", error) from error
         if not _unlink(path):
             return False
         self._share.changed(-size_bytes, -1)
@@ -259,13 +261,13 @@ class FileBackend(StorageBackend):
         except OSError as error:
             if error.errno in _NO_FILE:
                 return PageResult.WRONG_SIZE
-            return _fault(f"cannot open page {page.name}", error)
+            return fault(f"cannot open page {page.name}", error)
         try:
             return PageResult.HIT if fill_blocking(descriptor, page) else PageResult.WRONG_SIZE
         except OSError as error:
             if error.errno in _NO_FILE:
                 return PageResult.WRONG_SIZE
-            return _fault(f"cannot read page {page.name}", error)
+            return fault(f"cannot read page {page.name}", error)
         finally:
             os.close(descriptor)
 
@@ -288,7 +290,7 @@ class FileBackend(StorageBackend):
             if error.errno in _NO_SPACE:
                 self._no_space_pages += 1
                 self._share.disk_is_full()
-            return _fault(f"cannot write page {page.name}", error)
+            return fault(f"cannot write page {page.name}", error)
         self._share.changed(page.size_bytes, 1)
         return PageResult.WRITTEN
 
@@ -349,11 +351,11 @@ def _unlink(path: str) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise _fault("cannot delete a page", error) from error
+        raise fault("cannot delete a page", error) from error
     return True
 
 
-def _fault(what: str, error: OSError) -> StorageError:
+def fault(what: str, error: OSError) -> StorageError:
     """An error of the system as a value."""
     reason = "no_space" if error.errno in _NO_SPACE else "refused" if error.errno in _REFUSED else "io"
     return StorageError(f"{what}: {error}", reason)

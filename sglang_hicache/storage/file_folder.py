@@ -123,7 +123,8 @@ def storage_folder(explicit: str) -> Path:
         try:
             return Path(chosen).expanduser().absolute()
         except RuntimeError as error:
-            raise StorageError(f"storage folder {chosen!r}: {error}; name it in full", "refused") from error
+            complaint = f"storage folder {chosen!r}: {error}; name it in full"
+            raise StorageError(complaint, "refused", "bad_config") from error
     home = os.environ.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir
     cache = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG rules say that a relative path there is to be ignored.
@@ -141,7 +142,7 @@ def with_environment(settings: FileSettings) -> FileSettings:
         return msgspec.convert(given | found, FileSettings, strict=False)
     except msgspec.ValidationError as error:
         names = ", ".join(_SETTING_ENVS[key] for key in found)
-        raise StorageError(f"{names} in the environment: {error}", "refused") from error
+        raise StorageError(f"{names} in the environment: {error}", "refused", "bad_config") from error
 
 
 def make_private(folder: Path) -> None:
@@ -159,18 +160,20 @@ def refuse_unsafe(root: Path) -> None:
     """A page is only as trustworthy as the folder: whoever may write there may plant KV in somebody's answer."""
     found = root.stat()
     if not stat.S_ISDIR(found.st_mode):
-        raise StorageError(f"storage folder {root} is not a folder; name another one", "refused")
+        raise StorageError(f"storage folder {root} is not a folder; name another one", "refused", "bad_config")
     if found.st_uid != os.geteuid():
         raise StorageError(
             f"storage folder {root} belongs to user {found.st_uid}, this server runs as {os.geteuid()}; "
             "name a folder of your own",
             "refused",
+            "no_permission",
         )
     if found.st_mode & _OTHERS_WRITE:
         raise StorageError(
             f"storage folder {root} can be written by others (mode {stat.S_IMODE(found.st_mode):o}); "
             f"run: chmod go-w {root}",
             "refused",
+            "no_permission",
         )
     for parent in Path(os.path.realpath(root)).parents:
         mode = parent.stat().st_mode
@@ -179,6 +182,7 @@ def refuse_unsafe(root: Path) -> None:
                 f"storage folder {root} lies in {parent}, which everybody can write (mode {stat.S_IMODE(mode):o}): "
                 f"somebody could put another folder in its place; run: chmod o-w {parent}",
                 "refused",
+                "no_permission",
             )
     _refuse_unsafe_inside(root)
 
@@ -199,7 +203,8 @@ def _refuse_unsafe_inside(root: Path) -> None:
             mode = stat.S_IMODE(found.st_mode)
             complaint = f"can be written by others (mode {mode:o}); run: chmod -R go-w {entry.path}"
         if complaint:
-            raise StorageError(f"storage folder {root} cannot be trusted: {entry.name} {complaint}", "refused")
+            complaint = f"storage folder {root} cannot be trusted: {entry.name} {complaint}"
+            raise StorageError(complaint, "refused", "no_permission")
 
 
 def leases_blocking(parent: Path) -> dict[str, Lease]:
@@ -246,7 +251,9 @@ def _remove(folder: Path) -> None:
     """Remove a temporary folder, its lock last: what a process that is killed meanwhile leaves can be told from what
     others are making, and swept."""
     for entry in entries_blocking(folder):
-        if entry.name != "lock":
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path, ignore_errors=True)
+        elif entry.name != "lock":
             with contextlib.suppress(OSError):
                 os.unlink(entry.path)
     shutil.rmtree(folder, ignore_errors=True)

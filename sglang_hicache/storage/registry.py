@@ -7,8 +7,10 @@ because the libraries behind a backend cost start-up time and may not even be in
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +29,10 @@ from sglang_hicache.storage.settings import (
     store_settings,
 )
 
-__all__ = ["BackendSpec", "create", "late_io", "names", "spec", "split_extra_config", "validate_extra_config"]
+__all__ = [
+    "BackendSpec", "create", "late_io", "names", "spec", "split_extra_config", "trial_blocking",
+    "validate_extra_config",
+]  # fmt: skip
 
 #: A server started with this set to 1 can be attached to the saboteur.
 ALLOW_FAULTY_ENV = "SGLANG_HICACHE_ALLOW_FAULTY"
@@ -43,12 +48,17 @@ class BackendSpec:
     settings: type[BackendSettings]
     #: See `Capabilities.late_io`: the rank must know it when the process can no longer be asked.
     late_io: bool = False
+    #: Module with a `trial_blocking(settings, context)` of its own for dry runs; "": a dry run uses the store itself.
+    trial_module: str = ""
 
 
 _SPECS = {
     found.name: found
     for found in (
-        BackendSpec("file", "sglang_hicache.storage.file", "FileBackend", FileSettings),
+        BackendSpec(
+            "file", "sglang_hicache.storage.file", "FileBackend", FileSettings,
+            trial_module="sglang_hicache.storage.file_trial",
+        ),
         BackendSpec("memory", "sglang_hicache.storage.memory", "MemoryBackend", MemorySettings),
         BackendSpec("faulty", "sglang_hicache.storage.faulty", "FaultyBackend", FaultySettings),
     )
@@ -89,12 +99,32 @@ def late_io(name: str, settings: BackendSettings) -> bool:
 def create(name: str, settings: BackendSettings, context: OpenContext) -> StorageBackend:
     """Make a backend; it is not open yet."""
     found = spec(name)
-    module = importlib.import_module(found.module)  # lazy door: only the chosen backend may cost start-up time
-    backend_class = vars(module)[found.class_name]
+    backend_class = _class(found)
     if isinstance(settings, FaultySettings):
         inner = spec(settings.inner)
         return backend_class(settings, create(inner.name, _convert(inner, settings.inner_config), context))
     return backend_class(settings, context)
+
+
+@contextlib.contextmanager
+def trial_blocking(name: str, settings: BackendSettings, context: OpenContext) -> Iterator[StorageBackend]:
+    """A backend for a dry run, not open yet: where it can it keeps out of the way of the pages that are there."""
+    found = spec(name)
+    if isinstance(settings, FaultySettings):
+        inner = spec(settings.inner)
+        with trial_blocking(inner.name, _convert(inner, settings.inner_config), context) as backend:
+            yield _class(found)(settings, backend)
+    elif found.trial_module:
+        module = importlib.import_module(found.trial_module)  # lazy door: as above
+        with vars(module)["trial_blocking"](settings, context) as backend:
+            yield backend
+    else:
+        yield create(name, settings, context)
+
+
+def _class(found: BackendSpec) -> Any:
+    module = importlib.import_module(found.module)  # lazy door: only the chosen backend may cost start-up time
+    return vars(module)[found.class_name]
 
 
 def _convert(found: BackendSpec, config: dict[str, Any]) -> BackendSettings:

@@ -205,7 +205,7 @@ class TestFaults:
 
     def test_defect_while_opening_is_an_answer_too(self, start: Start) -> None:
         rank = start("faulty", _faulty("open", "exception"))
-        assert rank.next_message().reason == "SabotageError: sabotaged open"
+        assert rank.next_message().reason.startswith("other: SabotageError: sabotaged open (faulty store); ")
 
     def test_unsafe_folder_is_an_answer(self, start: Start, tmp_path: Path) -> None:
         (tmp_path / "store").mkdir()

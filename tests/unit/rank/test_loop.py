@@ -15,6 +15,7 @@ from sglang_hicache.observe import without_secrets
 from sglang_hicache.scheduler.core import SchedulerCore
 from sglang_hicache.scheduler.loop import TickLoop
 from sglang_hicache.scheduler.mailbox import LeaderMailbox
+from sglang_hicache.scheduler.probes import Probes
 from sglang_hicache.scheduler.storage_driver import StorageDriver
 from sglang_hicache.scheduler.weights_driver import WeightsDriver
 from sglang_hicache.sockets import Poller, Pull, Push, ipc_address
@@ -44,6 +45,7 @@ class Rank:
         self.core = SchedulerCore(config, 0)
         mailbox = LeaderMailbox(config, self.core, poller)
         driver = StorageDriver(None, poller)
+        self.probes = Probes(None, poller)
         self.names: list[str] = []
         weights = WeightsDriver(worker, driver, self)
         inbox = Pull(ipc_address(config.run_dir, "to_rank_0"), wire.ToRank, bind=True)
@@ -55,7 +57,8 @@ class Rank:
         for thing in (mailbox, inbox, self.from_rank, self.to_rank, self.to_tokenizer):
             stack.callback(thing.close)
         self.loop = TickLoop(
-            0, self.core, worker, driver, weights, mailbox, inbox, self.to_tokenizer, poller, self.heartbeat
+            0, self.core, worker, driver, self.probes, weights, mailbox, inbox, self.to_tokenizer, poller,
+            self.heartbeat,
         )
 
     def name_pages(self, layout: KVLayout, weights_digest: str) -> str:
