@@ -86,10 +86,14 @@ class StorageConfig(_Record, kw_only=True):
     extra_config_json: str = "{}"
     #: `@path` in an extra config that arrives over HTTP is read only below this folder; "" refuses it.
     config_dir: str = ""
+    #: Environment variables that an extra config may name as `${env.NAME}`.
+    config_env: tuple[str, ...] = ()
     #: Seconds for an attach: spawn, open and self-test on every rank.
     attach_timeout_s: float = 30.0
     #: Seconds a drain may take before the storage processes are killed.
     drain_timeout_s: float = 30.0
+    #: Seconds that work under way may take to end when a change of the storage is forced.
+    force_timeout_s: float = 1.0
     #: Seconds after which a look-up counts as a miss.
     lookup_timeout_s: float = 0.05
     #: Seconds after which a read or write that has not closed makes its storage process LOST.

@@ -29,6 +29,7 @@ from sglang_hicache.model_facts import ModelFacts, model_directory, read_model_f
 from sglang_hicache.pool_sizes import Memory, pool_config
 from sglang_hicache.server_args import ADMIN_API_KEY_ENV, API_KEY_ENV, BUILTIN_MODEL_PATH
 from sglang_hicache.storage import registry
+from sglang_hicache.storage.placeholders import check_placeholders, variable_names
 
 BUILTIN_MODEL_NAME = "builtin"
 
@@ -194,12 +195,16 @@ def _storage(args: argparse.Namespace) -> StorageConfig:
         if args.file_storage_path is not None:
             extra = _with_file_path(extra, args.file_storage_path)
         registry.validate_extra_config(args.hicache_storage_backend, extra)
+    config_env = variable_names(args.hicache_config_env)
+    check_placeholders(extra, config_env)
     return StorageConfig(
         backend=args.hicache_storage_backend,
         extra_config_json=extra,
         config_dir=str(Path(args.hicache_config_dir).resolve()) if args.hicache_config_dir else "",
+        config_env=config_env,
         attach_timeout_s=args.hicache_storage_attach_timeout,
         drain_timeout_s=args.hicache_storage_drain_timeout,
+        force_timeout_s=args.hicache_force_timeout,
         lookup_timeout_s=args.hicache_storage_lookup_timeout,
         op_timeout_s=args.hicache_storage_op_timeout,
         upload_rate_mib=args.hicache_upload_rate,

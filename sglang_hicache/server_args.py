@@ -143,10 +143,14 @@ def _storage(parser: argparse.ArgumentParser) -> None:
     add("--file-storage-path", metavar="DIR", help="folder of the file backend (its setting file_storage_path)")
     add("--hicache-config-dir", default="", metavar="DIR",
         help="over HTTP, @file is read only below this folder; default: not at all")  # fmt: skip
+    add("--hicache-config-env", default="", metavar="NAME,NAME",
+        help="variables that an extra config may use as ${env.NAME} (default: none)")  # fmt: skip
     add("--hicache-storage-attach-timeout", type=_seconds, default=30.0, metavar="SECONDS",
         help="to start, open and test the storage on every rank (default: 30)")  # fmt: skip
     add("--hicache-storage-drain-timeout", type=_seconds, default=30.0, metavar="SECONDS",
         help="for running storage operations when detaching (default: 30)")  # fmt: skip
+    add("--hicache-force-timeout", type=_seconds, default=1.0, metavar="SECONDS",
+        help="the same for a forced change (default: 1)")  # fmt: skip
     add("--hicache-storage-lookup-timeout", type=_seconds, default=0.05, metavar="SECONDS",
         help="a look-up that takes longer counts as a miss (default: 0.05)")  # fmt: skip
     add("--hicache-storage-op-timeout", type=_seconds, default=30.0, metavar="SECONDS",

@@ -145,8 +145,35 @@ class AttachBody(RequestBody, frozen=True, kw_only=True):
     hicache_storage_backend: str
     #: A JSON object as text, or "@path" of a file below --hicache-config-dir.
     hicache_storage_backend_extra_config_json: str | None = None
+    #: Another name of it, which also takes the object itself.
+    hicache_storage_backend_extra_config: str | dict[str, Any] | None = None
     hicache_storage_prefetch_policy: str | None = None
     hicache_write_policy: str | None = None
+    #: idle (default): refused unless nothing is under way; drain, force: what is under way goes on without storage.
+    mode: str | None = None
+    #: "mode": "force".
+    force: bool = False
+    #: With drain and force: seconds that the store which is replaced may take to end; of a dry run: its deadline.
+    timeout_s: float | None = None
+    #: Replace what is attached, be it the same backend, without a moment without storage.
+    switch: bool = False
+    #: Try the backend out on every rank, and attach nothing.
+    dry_run: bool = False
+    #: Answer 202 at once, with the id of the operation.
+    is_async: bool = msgspec.field(name="async", default=False)
+
+
+class DetachBody(RequestBody, frozen=True, kw_only=True):
+    """DELETE /hicache/storage-backend; its query takes the same."""
+
+    #: idle (default): refused unless nothing is under way; drain, force: what is under way goes on without storage.
+    mode: str | None = None
+    #: "mode": "force".
+    force: bool = False
+    #: With drain and force: seconds until what is under way is cut off.
+    timeout_s: float | None = None
+    #: Answer 202 at once, with the id of the operation.
+    is_async: bool = msgspec.field(name="async", default=False)
 
 
 class UpdateWeightsBody(RequestBody, frozen=True, kw_only=True):

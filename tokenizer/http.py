@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,7 +20,9 @@ from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from sglang_hicache.tokenizer.admin import AdminRoutes
-from sglang_hicache.tokenizer.api import AbortBody, AttachBody, GenerateBody, UpdateWeightsBody
+from sglang_hicache.tokenizer.admin_operations import OperationRoutes
+from sglang_hicache.tokenizer.admin_status import StorageStatusRoutes
+from sglang_hicache.tokenizer.api import AbortBody, AttachBody, DetachBody, GenerateBody, UpdateWeightsBody
 from sglang_hicache.tokenizer.api_openai import ChatBody, CompletionBody
 from sglang_hicache.tokenizer.auth import AuthLevel, AuthMiddleware
 from sglang_hicache.tokenizer.generate import NativeRoutes
@@ -28,6 +31,7 @@ from sglang_hicache.tokenizer.info import InfoRoutes
 from sglang_hicache.tokenizer.metrics import MetricsRoutes, metrics_off
 from sglang_hicache.tokenizer.openai import OpenAIRoutes
 from sglang_hicache.tokenizer.openapi import openapi_document
+from sglang_hicache.tokenizer.orders import MODES
 from sglang_hicache.tokenizer.replies import JsonReply, text_reply
 from sglang_hicache.tokenizer.routes import RouteSpec
 from sglang_hicache.tokenizer.services import Services
@@ -42,6 +46,11 @@ HEALTH_TIMEOUT_S = 20.0
 HEALTH_GENERATION_ENV = "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"
 
 GET, POST, PUT, DELETE = "GET", "POST", "PUT", "DELETE"
+
+#: JSON schemas of query parameters.
+_SECONDS: dict[str, Any] = {"type": "number", "minimum": 0}
+_FLAG: dict[str, Any] = {"type": "boolean", "default": False}
+_MODE: dict[str, Any] = {"type": "string", "enum": list(MODES), "default": MODES[0]}
 
 
 class HealthRoutes:
@@ -81,10 +90,8 @@ class HealthRoutes:
 def route_table(services: Services) -> list[RouteSpec]:
     """Every route of the server but /openapi.json, which is made from it."""
     native, openai, health = NativeRoutes(services), OpenAIRoutes(services), HealthRoutes(services)
-    admin = AdminRoutes(services)
-    info, weights = InfoRoutes(services, admin), WeightsRoutes(services)
+    info, weights = InfoRoutes(services, StorageStatusRoutes(services)), WeightsRoutes(services)
     optional = AuthLevel.ADMIN_OPTIONAL
-    seconds = {"type": "number", "minimum": 0, "default": 0}
     metrics = [RouteSpec(("/metrics",), (GET,), MetricsRoutes(services).metrics, "Metrics, for Prometheus")]
     return (metrics if services.config.http.enable_metrics else []) + [
         RouteSpec(("/generate",), (POST, PUT), native.generate, "Generate from a prompt", body=GenerateBody),
@@ -99,24 +106,36 @@ def route_table(services: Services) -> list[RouteSpec]:
         RouteSpec(("/server_info", "/get_server_info"), (GET,), info.server_info, "Configuration and live state"),
         RouteSpec(("/model_info", "/get_model_info"), (GET,), info.model_info, "Facts about the model"),
         RouteSpec(
-            ("/flush_cache",), (GET, POST), admin.flush_cache, "Empty L1 and L2, and L3 if asked", optional,
-            query={"timeout": seconds, "keep_storage": {"type": "boolean", "default": True}},
-        ),  # fmt: skip
-        RouteSpec(
             ("/update_weights_from_disk",), (POST,), weights.update_from_disk, "Serve other weights", optional,
             UpdateWeightsBody,
         ),  # fmt: skip
-        RouteSpec(("/hicache/storage-backend",), (PUT,), admin.attach, "Attach a storage", optional, AttachBody),
-        RouteSpec(("/hicache/storage-backend",), (GET,), admin.status, "What is attached, by rank", optional),
-        RouteSpec(("/hicache/storage-backend",), (DELETE,), admin.detach, "Detach the storage", optional),
+        *_storage_routes(services),
+    ]
+
+
+def _storage_routes(services: Services) -> list[RouteSpec]:
+    """What is about L3, and about operations."""
+    admin, storage, operations = AdminRoutes(services), StorageStatusRoutes(services), OperationRoutes(services)
+    optional = AuthLevel.ADMIN_OPTIONAL
+    backend, operation = ("/hicache/storage-backend",), ("/hicache/operations/{id}",)
+    clear = ("/hicache/storage-backend/clear", "/clear_hicache_storage_backend")
+    return [
         RouteSpec(
-            ("/hicache/storage-backend/clear", "/clear_hicache_storage_backend"),
-            (POST,),
-            admin.clear,
-            "Delete this server's pages from the storage",
-            optional,
-        ),
-        RouteSpec(("/get_hicache_l3_cache_layout",), (GET,), admin.l3_layout, "Object layout of the storage"),
+            ("/flush_cache",), (GET, POST), admin.flush_cache, "Empty L1 and L2, and L3 if asked", optional,
+            query={"timeout": _SECONDS | {"default": 0}, "keep_storage": {"type": "boolean", "default": True}},
+        ),  # fmt: skip
+        RouteSpec(backend, (PUT,), admin.attach, "Attach a storage, switch to it, or try it out", optional, AttachBody),
+        RouteSpec(backend, (GET,), storage.status, "What is attached, by rank", optional),
+        RouteSpec(
+            backend, (DELETE,), admin.detach, "Detach the storage", optional, DetachBody, is_body_optional=True,
+            query={"mode": _MODE, "timeout_s": _SECONDS, "force": _FLAG, "async": _FLAG},
+        ),  # fmt: skip
+        RouteSpec(clear, (POST,), admin.clear, "Delete this server's pages from the storage", optional),
+        RouteSpec(("/hicache/operations",), (GET,), operations.operations, "The latest operations", optional),
+        RouteSpec(operation, (GET,), operations.operation, "One operation", optional),
+        RouteSpec(operation, (DELETE,), operations.cancel, "Give an operation up", optional),
+        RouteSpec(("/hicache/incidents",), (GET,), storage.incidents, "What outages have cost", optional),
+        RouteSpec(("/get_hicache_l3_cache_layout",), (GET,), storage.l3_layout, "Object layout of the storage"),
     ]
 
 

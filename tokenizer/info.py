@@ -18,7 +18,7 @@ from starlette.responses import Response
 from sglang_hicache import __version__
 from sglang_hicache.config import ServerConfig
 from sglang_hicache.observe import redacted
-from sglang_hicache.tokenizer.admin import AdminRoutes
+from sglang_hicache.tokenizer.admin_status import StorageStatusRoutes
 from sglang_hicache.tokenizer.replies import JsonReply
 from sglang_hicache.tokenizer.services import Services
 from sglang_hicache.wire import FIRST_WEIGHT_VERSION
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 class InfoRoutes:
     """/server_info and /model_info."""
 
-    def __init__(self, services: Services, admin: AdminRoutes) -> None:
+    def __init__(self, services: Services, storage: StorageStatusRoutes) -> None:
         self._services = services
-        self._admin = admin
+        self._storage = storage
         self._started_s = time.time()
         #: Path and version of the weights as the ranks last told, for when they are too busy to answer.
         self._weights = services.config.model.path, FIRST_WEIGHT_VERSION
@@ -41,7 +41,7 @@ class InfoRoutes:
         if request.scope["path"].startswith("/get_"):
             log.warning("/get_server_info is deprecated; use /server_info")
         config = self._services.config
-        live = await self._admin.live_status()
+        live = await self._storage.live_status()
         for rank in live["ranks"]:
             self._learn(rank.get("model_path"), rank.get("weight_version"))
         model_path, weight_version = self._weights

@@ -58,5 +58,5 @@ def _operation(spec: RouteSpec, path: str, schema_of: dict[type, dict[str, Any]]
         operation["parameters"] = parameters
     if spec.body is not None:
         content = {"application/json": {"schema": schema_of[spec.body]}}
-        operation["requestBody"] = {"required": True, "content": content}
+        operation["requestBody"] = {"required": not spec.is_body_optional, "content": content}
     return operation

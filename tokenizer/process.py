@@ -23,11 +23,13 @@ from sglang_hicache.child import Child
 from sglang_hicache.config import HttpConfig, ServerConfig
 from sglang_hicache.errors import HiCacheError, UserError
 from sglang_hicache.sockets import Pull, Push, ipc_address
+from sglang_hicache.tokenizer.control import Control
 from sglang_hicache.tokenizer.http import build_app
 from sglang_hicache.tokenizer.http_limits import BoundedProtocol
 from sglang_hicache.tokenizer.intake import Intake
 from sglang_hicache.tokenizer.manager import RequestManager
-from sglang_hicache.tokenizer.ranks_desk import RanksDesk, Result
+from sglang_hicache.tokenizer.operations import State
+from sglang_hicache.tokenizer.ranks_desk import RanksDesk, new_id
 from sglang_hicache.tokenizer.services import Lifecycle, Phase, Services
 from sglang_hicache.tokenizer.text import TextCodec
 from sglang_hicache.wire import AttachStorage, CommandAnswer, DetachStorage, FromRank, OutputBatch, StatusAnswer, ToRank
@@ -125,7 +127,7 @@ async def _run(child: Child) -> int:
         requests = RequestManager(sockets.to_ranks[0], codec.tokenizer_path)
         desk = RanksDesk(sockets.to_ranks)
         lifecycle = Lifecycle(lambda: child.heartbeat.state)
-        services = Services(config, codec, Intake(config, codec), requests, desk, lifecycle)
+        services = Services(config, codec, Intake(config, codec), requests, desk, Control(desk), lifecycle)
         sockets.listen(requests, desk)
         return await _serve(child, services, stop)
     except (CannotStart, UserError) as error:
@@ -162,18 +164,17 @@ async def attach_at_start(services: Services) -> None:
     storage = services.config.storage
     if not storage.backend:
         return
-    outcome = await services.desk.command(
-        lambda id: AttachStorage(
-            id=id,
+    attach = await services.control.run(
+        AttachStorage(
+            id=new_id(),
             deadline_s=storage.attach_timeout_s,
             backend=storage.backend,
             extra_config_json=storage.extra_config_json,
-        ),
-        storage.attach_timeout_s,
+        )
     )
-    if outcome.result is not Result.SUCCEEDED:
-        raise CannotStart(f"storage backend {storage.backend!r} could not be attached: {outcome.message}")
-    log.info("storage backend %s attached: %s", storage.backend, outcome.message)
+    if attach.state is not State.SUCCEEDED:
+        raise CannotStart(f"storage backend {storage.backend!r} could not be attached: {attach.message}")
+    log.info("storage backend %s attached: %s", storage.backend, attach.message)
 
 
 async def stop_in_order(services: Services, hurry: asyncio.Event) -> int:
@@ -198,11 +199,11 @@ async def drain(services: Services) -> None:
         # As long for queued backups to be written as for the drain that follows.
         flush_timeout_s = services.config.storage.drain_timeout_s
         deadline_s = flush_timeout_s + services.config.storage.drain_timeout_s
-        outcome = await services.desk.command(
-            lambda id: DetachStorage(id=id, deadline_s=deadline_s, flush_timeout_s=flush_timeout_s), deadline_s
+        detach = await services.control.run(
+            DetachStorage(id=new_id(), deadline_s=deadline_s, flush_timeout_s=flush_timeout_s)
         )
-        if outcome.result is not Result.SUCCEEDED:
-            log.warning("the storage was not detached cleanly: %s", outcome.message)
+        if detach.state is not State.SUCCEEDED:
+            log.warning("the storage was not detached cleanly: %s", detach.message)
     services.desk.shutdown()
 
 

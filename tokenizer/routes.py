@@ -29,5 +29,7 @@ class RouteSpec:
     summary: str
     level: AuthLevel = AuthLevel.NORMAL
     body: type[RequestBody] | None = None
+    #: All fields of the body have defaults, and so has the body.
+    is_body_optional: bool = False
     #: Query parameters and their JSON schemas.
     query: Mapping[str, dict[str, Any]] = field(default_factory=dict)

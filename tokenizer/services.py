@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from sglang_hicache.config import ServerConfig
 from sglang_hicache.heartbeat import ServerState
+from sglang_hicache.tokenizer.control import Control
 from sglang_hicache.tokenizer.intake import Intake
 from sglang_hicache.tokenizer.manager import RequestManager, Unavailable
 from sglang_hicache.tokenizer.ranks_desk import RanksDesk
@@ -65,4 +66,5 @@ class Services:
     intake: Intake
     requests: RequestManager
     desk: RanksDesk
+    control: Control
     lifecycle: Lifecycle

@@ -19,6 +19,7 @@ from starlette.responses import Response
 from sglang_hicache.errors import UserError
 from sglang_hicache.host_memory import host_memory
 from sglang_hicache.model_facts import DTYPE_BYTES, ModelFacts, model_directory, read_model_facts, read_object
+from sglang_hicache.tokenizer.admin import OPERATION_HEADER, STATUS
 from sglang_hicache.tokenizer.api import (
     UNSUPPORTED_UPDATE,
     MalformedBody,
@@ -28,7 +29,8 @@ from sglang_hicache.tokenizer.api import (
 )
 from sglang_hicache.tokenizer.intake import LONGEST_NAME
 from sglang_hicache.tokenizer.manager import Unavailable
-from sglang_hicache.tokenizer.ranks_desk import Outcome, Result
+from sglang_hicache.tokenizer.operations import Operation, State
+from sglang_hicache.tokenizer.ranks_desk import new_id
 from sglang_hicache.tokenizer.replies import JsonReply, openai_error
 from sglang_hicache.tokenizer.services import Services
 from sglang_hicache.weights_digest import default_cache_file, weights_digest
@@ -42,8 +44,6 @@ _SHAPE = (
     "architectures", "model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "hidden_size", "intermediate_size", "vocab_size", "dtype", "torch_dtype", "tie_word_embeddings",
 )  # fmt: skip
-
-_STATUS = {Result.SUCCEEDED: 200, Result.FAILED: 400, Result.UNKNOWN: 504}
 
 
 class WeightsRoutes:
@@ -66,14 +66,16 @@ class WeightsRoutes:
             self._services.lifecycle.check()
             self._check(body)
             directory, digest = await self._look(body.model_path)
-            outcome = await self._update(body, directory, digest)
+            operation = await self._update(body, directory, digest)
         except (UserError, OSError) as error:
             return _reply(False, f"The weights were not updated: {error}", 400)
         except Unavailable as error:
             return _reply(False, str(error), 503)
-        log.info("%s", outcome.message, extra={"command": outcome.operation_id})
-        paused = max((answer.paused_requests for answer in outcome.answers.values()), default=0)
-        return _reply(outcome.result is Result.SUCCEEDED, outcome.message, _STATUS[outcome.result], paused)
+        log.info("%s", operation.message, extra={"command": operation.id})
+        paused = max((answer.paused_requests for answer in operation.answers.values()), default=0)
+        reply = _reply(operation.state is State.SUCCEEDED, operation.message, STATUS[operation.state], paused)
+        reply.headers[OPERATION_HEADER] = operation.id
+        return reply
 
     @staticmethod
     def _check(body: UpdateWeightsBody) -> None:
@@ -123,18 +125,16 @@ class WeightsRoutes:
                 f"and {free_gib:.1f} GiB are free ({found.bound}); free some, or restart the server with the new model"
             )
 
-    async def _update(self, body: UpdateWeightsBody, directory: str, digest: str) -> Outcome:
-        deadline_s = self._services.config.scheduler.weights_update_timeout_s
-        return await self._services.desk.command(
-            lambda id: UpdateWeights(
-                id=id,
-                deadline_s=deadline_s,
+    async def _update(self, body: UpdateWeightsBody, directory: str, digest: str) -> Operation:
+        return await self._services.control.run(
+            UpdateWeights(
+                id=new_id(),
+                deadline_s=self._services.config.scheduler.weights_update_timeout_s,
                 model_path=directory,
                 weights_digest=digest,
                 weight_version=body.weight_version,
                 aborts_requests=body.abort_all_requests,
-            ),
-            deadline_s,
+            )
         )
 
 

@@ -27,6 +27,7 @@ from sglang_hicache.config import (
     StorageConfig,
 )
 from sglang_hicache.heartbeat import ServerState
+from sglang_hicache.tokenizer.control import Control
 from sglang_hicache.tokenizer.http import build_app
 from sglang_hicache.tokenizer.intake import Intake
 from sglang_hicache.tokenizer.manager import RequestManager
@@ -104,6 +105,8 @@ class FakeServer:
         self.ports = [FakePort(rank, self._received) for rank in range(config.tp_size)]
         #: What a rank answers to a command; None: it stays silent.
         self.answer_command: Callable[[int, Any], tuple[bool, str] | None] = lambda rank, command: (True, "done")
+        #: What a rank finds out in a dry run.
+        self.answer_report: Callable[[int], wire.DryRunReport] = lambda rank: wire.DryRunReport()
         self.answer_status: Callable[[int], dict[str, Any] | None] = lambda rank: {"state": "detached", "epoch": 0}
         #: Outputs of a request; None: the scheduler hangs.
         self.generate: Callable[[wire.NewRequest], list[wire.RequestOutput] | None] = echo
@@ -113,7 +116,9 @@ class FakeServer:
         self.state = ServerState.READY
         self.lifecycle = Lifecycle(lambda: self.state)
         self.lifecycle.phase = Phase.SERVING
-        self.app = build_app(Services(config, codec, Intake(config, codec), self.requests, self.desk, self.lifecycle))
+        self.control = Control(self.desk)
+        intake = Intake(config, codec)
+        self.app = build_app(Services(config, codec, intake, self.requests, self.desk, self.control, self.lifecycle))
         self._runner = asyncio.Runner()
         self._client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://test")
 
@@ -157,7 +162,8 @@ class FakeServer:
             case _:
                 if (answer := self.answer_command(rank, message)) is not None:
                     success, text = answer
-                    said = wire.CommandAnswer(id=message.id, rank=rank, success=success, message=text)
+                    report = self.answer_report(rank) if isinstance(message, wire.DryRunStorage) else None
+                    said = wire.CommandAnswer(id=message.id, rank=rank, success=success, message=text, report=report)
                     loop.call_soon(self.desk.deliver, said)
 
     def output(self, *outputs: wire.RequestOutput) -> None:

@@ -237,6 +237,7 @@ def test_status_is_the_ranks_truth(server: FakeServer) -> None:
     ranks = status.pop("ranks")
     config = json.loads(status.pop("hicache_storage_backend_extra_config"))
     assert config == {"password": "***", "nested": {"access_key": "***"}, "prefetch_threshold": 7}
+    assert status.pop("breaker")["state"] == "off" and status.pop("operation") == []
     assert status == {
         "hicache_storage_backend": "file",
         "hicache_storage_prefetch_policy": "timeout",

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from sglang_hicache.tokenizer.api import AttachBody, GenerateBody, SamplingBody
-from tests.contract.fake_server import FakeServer
+from sglang_hicache.tokenizer.api import AttachBody, DetachBody, GenerateBody, SamplingBody
+from tests.contract.fake_server import ADMIN, FakeServer
 
 
 @pytest.fixture
@@ -17,8 +17,9 @@ def document(server: FakeServer) -> Any:
 
 def test_every_route_answers_as_described(server: FakeServer, document: Any) -> None:
     """No path of the document is a 404, and a method that it does not name is a 405."""
+    known = server.call("POST", "/flush_cache", headers=ADMIN).headers["X-HiCache-Operation"]
     for path, operations in document["paths"].items():
-        concrete = path.replace("{model}", "org/tiny")
+        concrete = path.replace("{model}", "org/tiny").replace("{id}", known)
         for method in operations:
             assert server.call(method.upper(), concrete).status_code not in (404, 405), (method, path)
         assert server.call("PATCH", concrete).status_code in (401, 405), path
@@ -29,7 +30,8 @@ def test_bodies_are_the_structs_that_decode(document: Any) -> None:
     assert set(schemas["GenerateBody"]["properties"]) == set(GenerateBody.__struct_fields__)
     assert set(schemas["SamplingBody"]["properties"]) == set(SamplingBody.__struct_fields__)
     assert schemas["SamplingBody"]["additionalProperties"] is False
-    assert set(schemas["AttachBody"]["properties"]) == set(AttachBody.__struct_fields__)
+    assert set(schemas["AttachBody"]["properties"]) == set(AttachBody.__struct_encode_fields__)
+    assert set(schemas["DetachBody"]["properties"]) == set(DetachBody.__struct_encode_fields__)
     assert schemas["AttachBody"]["required"] == ["hicache_storage_backend"]
 
 
@@ -61,7 +63,8 @@ ROUTES_OF_THE_CONTRACT = """
     GET /flush_cache, POST /flush_cache, POST /update_weights_from_disk,
     GET /get_hicache_l3_cache_layout,
     PUT /hicache/storage-backend, GET /hicache/storage-backend, DELETE /hicache/storage-backend,
-    POST /hicache/storage-backend/clear, POST /clear_hicache_storage_backend
+    POST /hicache/storage-backend/clear, POST /clear_hicache_storage_backend,
+    GET /hicache/operations, GET /hicache/operations/{id}, DELETE /hicache/operations/{id}, GET /hicache/incidents
 """
 
 

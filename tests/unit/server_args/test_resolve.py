@@ -26,6 +26,7 @@ def test_flags_arrive_in_the_records(resolved, model_dir, tmp_path):
         "--hicache-config-dir", str(tmp_path), "--log-format", "json", "--served-model-name", "mine",
         "--context-length", "100", "--dtype", "float", "--enable-deterministic-inference",
         "--chunked-prefill-size", "64", "--hicache-upload-rate", "0", "--weights-update-timeout", "8",
+        "--hicache-force-timeout", "0.5", "--hicache-config-env", "SITE, POD_NAME",
     ).config  # fmt: skip
     model, cache, storage, scheduler, http = config.model, config.cache, config.storage, config.scheduler, config.http
     assert (config.tp_size, config.pool.page_size, config.pool.device_tokens) == (2, 16, 1600)
@@ -35,7 +36,8 @@ def test_flags_arrive_in_the_records(resolved, model_dir, tmp_path):
     assert (cache.hierarchical, cache.write_policy, cache.prefetch_policy) == (True, "write_back", "best_effort")
     assert (cache.eviction_policy, cache.protected_threshold, cache.reuse_prefixes) == ("slru", 4, True)
     assert (storage.backend, storage.extra_config_json, storage.config_dir) == ("file", "{}", str(tmp_path))
-    assert (storage.attach_timeout_s, storage.drain_timeout_s) == (1, 2)
+    assert storage.config_env == ("SITE", "POD_NAME")
+    assert (storage.attach_timeout_s, storage.drain_timeout_s, storage.force_timeout_s) == (1, 2, 0.5)
     assert (storage.lookup_timeout_s, storage.op_timeout_s, storage.upload_rate_mib) == (3, 4, 0)
     assert (scheduler.max_running_requests, scheduler.max_queued_requests, scheduler.watchdog_timeout_s) == (3, 9, 7)
     assert (scheduler.schedule_policy, scheduler.check_digests, scheduler.chunked_prefill_size) == (
@@ -63,6 +65,10 @@ def test_flags_arrive_in_the_records(resolved, model_dir, tmp_path):
         (["--enable-hicache", "--hicache-storage-backend", "file", "--hicache-storage-backend-extra-config",
           '{"file_storage_path": "/a"}', "--file-storage-path", "/b"], ["/a", "/b"]),
         (["--hicache-config-dir", "/no/such/folder"], ["/no/such/folder"]),
+        (["--enable-hicache", "--hicache-storage-backend", "file", "--file-storage-path", "/x/${env.HOME}",
+          "--hicache-config-env", "SITE"], ["${env.HOME}", "SITE", "--hicache-config-env"]),
+        (["--enable-hicache", "--hicache-storage-backend", "file", "--hicache-config-env", "NOT-A-NAME"],
+         ["'NOT-A-NAME'"]),
         (["--dtype", "float16"], ["float16", "bfloat16"]),
         (["--context-length", "5000"], ["5000", "4096"]),
         (["--radix-eviction-policy-config", '{"protected_threshold": 3}'], ["lru", "slru"]),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sglang_hicache.tokenizer.ranks_desk import Outcome, RanksDesk, Result, merge
+from sglang_hicache.tokenizer.ranks_desk import MOST_LATE, Outcome, RanksDesk, Result, merge, new_id
 from sglang_hicache.wire import CommandAnswer, FlushCache, QueryStatus, Shutdown, StatusAnswer
 
 
@@ -29,10 +29,12 @@ class Bench:
     def __init__(self, **options: float) -> None:
         self.ports = [Port(), Port()]
         self.desk = RanksDesk(self.ports, **options)
+        #: Outcomes that came after the deadline.
+        self.late: list[Outcome] = []
 
     def flush(self, deadline_s: float) -> asyncio.Task[Outcome]:
-        make = lambda id: FlushCache(id=id, deadline_s=deadline_s)  # noqa: E731
-        return asyncio.ensure_future(self.desk.command(make, deadline_s))
+        order = FlushCache(id=new_id(), deadline_s=deadline_s)
+        return asyncio.ensure_future(self.desk.command(order, self.late.append))
 
     async def sent(self, count: int) -> list[Any]:
         """What rank 0 got, once it has got that many."""
@@ -65,11 +67,10 @@ def test_two_commands_at_once_keep_their_answers_apart() -> None:
     assert first.result is second.result is Result.SUCCEEDED
 
 
-def test_deadline_then_unknown_then_the_late_answer_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+def test_deadline_then_unknown_then_the_late_answer_goes_to_its_own_command() -> None:
     """The reference handed a late reply to whoever asked next."""
-    caplog.set_level(logging.INFO)
 
-    async def scenario() -> tuple[Outcome, Outcome]:
+    async def scenario() -> tuple[Outcome, Outcome, list[Outcome]]:
         bench = Bench(grace_s=0.01)
         early = bench.flush(0.01)
         [sent] = await bench.sent(1)
@@ -80,14 +81,33 @@ def test_deadline_then_unknown_then_the_late_answer_is_dropped(caplog: pytest.Lo
         bench.answer(sent.id, 0, success=False, message="late")
         bench.answer(again.id, 0)
         bench.answer(again.id, 1)
-        return unknown, await task
+        return unknown, await task, bench.late
 
-    unknown, known = run(scenario())
+    unknown, known, [late] = run(scenario())
     assert unknown.result is Result.UNKNOWN
     assert unknown.operation_id in unknown.message
     assert "rank 0" in unknown.message and "answered: 1" in unknown.message
     assert sorted(unknown.answers) == [1]
     assert known.result is Result.SUCCEEDED and known.message == "done"
+    assert late.operation_id == unknown.operation_id and late.result is Result.FAILED
+    assert late.message == "late | done" and sorted(late.answers) == [0, 1]
+
+
+def test_late_answers_are_not_waited_for_without_end(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def scenario() -> tuple[list[str], list[Outcome]]:
+        bench = Bench(grace_s=0.0)
+        for _ in range(MOST_LATE + 1):
+            await bench.flush(0.0)
+        first, second, *_ = bench.ports[0].sent
+        for rank in (0, 1):
+            bench.answer(first.id, rank)
+            bench.answer(second.id, rank)
+        return [second.id], bench.late
+
+    second, late = run(scenario())
+    assert [outcome.operation_id for outcome in late] == second
     assert "nobody waits for" in caplog.text
 
 
