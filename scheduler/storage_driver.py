@@ -20,6 +20,7 @@ nobody will ever touch it.  An op that was handed over is closed by the process 
 from __future__ import annotations
 
 import logging
+import signal
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from sglang_hicache.observe import LEVELS, Counters
 from sglang_hicache.sockets import Poller, Pull
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.attachment_events import Kill, Spawn, Stop
+from sglang_hicache.storage.diagnosis import diagnose
 from sglang_hicache.workers.storage_client import StorageClient
 
 log = logging.getLogger(__name__)
@@ -142,8 +144,9 @@ class StorageDriver:
             late_io = registry.late_io(spawn.backend, settings)
             process = _Process(self._launch(spawn), spawn.backend, late_io)
         except (OSError, UserError) as error:
-            log.warning("cannot start the storage process: %s", error, extra={"epoch": epoch})
-            self._tell("open_failed", epoch, f"cannot start the storage process: {error}")
+            found = diagnose(error, spawn.backend)
+            log.warning("cannot start the storage process: %s", found, extra={"epoch": epoch})
+            self._tell("open_failed", epoch, f"{found.code}: cannot start the storage process: {found.text}")
             self._tell("reaped", epoch)
             self._tell("quiet", epoch)
             return
@@ -263,7 +266,8 @@ class StorageDriver:
         how = f"killed by signal {-status}" if status is not None and status < 0 else f"exit code {status}"
         if not process.told:
             log.error("the storage process has ended by itself: %s", how, extra={"epoch": epoch})
-            self._tell("lost", epoch, f"the storage process has ended by itself ({how})")
+            code = "killed" if status == -signal.SIGKILL else "crashed"
+            self._tell("lost", epoch, f"{code}: the storage process has ended by itself ({how})")
         else:
             # Told to stop, it closes its backend and exits with 0: anything else is an end that nobody asked for.
             level = logging.WARNING if process.told == "stopped" and status else logging.INFO

@@ -1,9 +1,13 @@
 """Starts the storage processes of one rank, and knows what the pages of its present weights are called.
 
-Called by the storage driver, on the scheduler thread.
+Called by the storage driver and the probes, on the scheduler thread.  Here an extra config gets the values of this node
+(`storage/placeholders.py`): everywhere above it is the same text on all ranks.
 """
 
 from __future__ import annotations
+
+import os
+import socket
 
 import msgspec
 
@@ -11,7 +15,10 @@ from sglang_hicache import wire
 from sglang_hicache.cache.page import namespace
 from sglang_hicache.cache.pools import HostPool
 from sglang_hicache.config import ServerConfig
+from sglang_hicache.errors import UserError
+from sglang_hicache.observe import learn_secrets
 from sglang_hicache.storage.attachment_events import Spawn
+from sglang_hicache.storage.placeholders import Node, resolved
 from sglang_hicache.workers.batch import KVLayout
 from sglang_hicache.workers.storage_client import StorageClient
 
@@ -19,9 +26,12 @@ from sglang_hicache.workers.storage_client import StorageClient
 class StorageLauncher:
     """`launcher(spawn)` is the process of one epoch."""
 
-    def __init__(self, config: ServerConfig, rank: int, layout: KVLayout, host: HostPool | None) -> None:
+    def __init__(
+        self, config: ServerConfig, rank: int, layout: KVLayout, host: HostPool | None, node: Node | None = None
+    ) -> None:
         self._config = config
         self._rank = rank
+        self._node = node or this_node(rank)
         self._layout = layout
         self._host = host
         self._namespace = self.name_pages(layout, config.model.weights_digest)
@@ -55,6 +65,9 @@ class StorageLauncher:
 
     def _open(self, epoch: int, backend: str, extra_config_json: str) -> wire.OpenBackend:
         config, layout = self._config, self._layout
+        extra_config_json, used = resolved(extra_config_json, self._node, config.storage.config_env)
+        learn_secrets(extra_config_json)
+        learn_secrets(msgspec.json.encode(used).decode())
         return wire.OpenBackend(
             rank=self._rank,
             epoch=epoch,
@@ -69,3 +82,21 @@ class StorageLauncher:
             log_format=config.log.format,
             log_level=config.log.level,
         )
+
+
+def this_node(rank: int) -> Node:
+    """Where this process runs."""
+    return Node(rank, socket.gethostname(), _address, os.environ)
+
+
+def _address() -> str:
+    """This machine's own, as others see it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            # Sends nothing: the kernel only chooses the way out.  The address belongs to nobody (RFC 5737).
+            probe.connect(("192.0.2.1", 9))
+            return probe.getsockname()[0]
+        except OSError as error:
+            raise UserError(
+                f"${{node.ip}}: this machine has no way out, so no address ({error}); use ${{node.hostname}} instead"
+            ) from error

@@ -13,6 +13,7 @@ import msgspec
 from sglang_hicache.errors import UserError
 from sglang_hicache.storage.capacity import DEFAULT_HIGH, DEFAULT_LOW, parse_size
 from sglang_hicache.storage.fault_tolerance import FaultTolerance, check_fault_tolerance
+from sglang_hicache.storage.placeholders import has_placeholder
 
 #: A pipe takes this much without anybody reading: the config reaches the storage process before it has started.
 LARGEST_CONFIG_BYTES = 32 * 1024
@@ -35,6 +36,8 @@ class PrefetchSettings(msgspec.Struct, frozen=True, kw_only=True):
     prefetch_timeout_per_ki_token: float = 0.25
     #: The backend is told the keys before the first one; kept for clients that send it, pages carry their parent.
     hicache_storage_pass_prefix_keys: bool = False
+    #: Under the policy `timeout`: fetch only what is fetched more quickly than computed, as far as that was measured.
+    cost_gate: bool = True
 
 
 class EncryptionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -79,8 +82,7 @@ class CapacitySettings(BackendSettings, frozen=True, kw_only=True):
     ttl_s: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_size is not None:
-            parse_size(self.max_size)
+        _check_size(self.max_size)
         for name in ("high_watermark", "low_watermark", "eviction_ratio"):
             share = msgspec.structs.asdict(self)[name]
             if share is not None and not 0 < share <= 1:
@@ -130,8 +132,7 @@ class FileSettings(CapacitySettings, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.min_free_space is not None:
-            parse_size(self.min_free_space)
+        _check_size(self.min_free_space)
         path = self.file_storage_path
         if "\0" in path or path != path.encode(errors="ignore").decode():
             raise ValueError(f"file_storage_path={path!r} holds a character that no path may have")
@@ -139,6 +140,12 @@ class FileSettings(CapacitySettings, frozen=True, kw_only=True):
     def min_free_bytes(self) -> int | None:
         """What stays free; None: the default for the disk."""
         return None if self.min_free_space is None else parse_size(self.min_free_space)
+
+
+def _check_size(size: int | str | None) -> None:
+    """ValueError unless it is one, or will be known on its rank."""
+    if size is not None and not has_placeholder(size):
+        parse_size(size)
 
 
 FaultKind = Literal[
@@ -247,14 +254,16 @@ def _check_encryption(value: Any) -> None:
         settings = msgspec.convert(value, EncryptionSettings | None)
     except msgspec.ValidationError as error:
         raise UserError(f"extra config encryption: {error}; {takes}") from error
-    if settings and (not settings.key_file.startswith("/") or "\0" in settings.key_file):
+    if not settings or has_placeholder(settings.key_file):
+        return
+    if not settings.key_file.startswith("/") or "\0" in settings.key_file:
         raise UserError(f"extra config encryption.key_file is no absolute path; {takes}")
 
 
 def _check_number(name: str, value: Any) -> None:
     """One of the other common keys: type and range."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if name == "hicache_storage_pass_prefix_keys":
+    if name in ("hicache_storage_pass_prefix_keys", "cost_gate"):
         fits, allowed = isinstance(value, bool), "true or false"
     elif name == "prefetch_threshold":
         fits, allowed = number and isinstance(value, int) and 0 <= value < 2**31, "a whole number of tokens >= 0"
