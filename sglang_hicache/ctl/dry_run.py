@@ -20,14 +20,18 @@ def show_report(report: dict[str, Any], screen: Screen) -> None:
     headings = ("rank", "result", *_STEPS, "look-up", "write page", "read page", "write rate", "read rate")
     screen.lines(table(headings, map(_row, report["ranks"])))
     if good:
-        screen.lines(f"{printable(name)}: {printable(value)}" for name, value in report["ranks"][0]["info"].items())
+        screen.heading("the store says of itself")
+        info = report["ranks"][0]["info"]
+        screen.lines(f"  {printable(name)}: {printable(value)}" for name, value in info.items())
         return
-    for (code, reason), ranks in _by_reason(report["ranks"]).items():
+    reasons = _by_reason(report["ranks"])
+    for (code, reason), ranks in reasons.items():
         screen.line()
         screen.sentence(f"rank {', '.join(map(str, ranks))}: {reason}", indent="")
         if page := runbook(f"{code}: "):
             screen.line(f"  what to do: {page}")
-    if report["message"]:
+    if not reasons:
+        # A rank that said nothing has no line above.
         screen.line()
         screen.sentence(report["message"], indent="", first="")
 
@@ -54,7 +58,7 @@ def _rate(bytes_per_s: float | None) -> str | None:
 
 
 def _call_time(seconds: float | None) -> str | None:
-    """Times of single calls: milliseconds matter."""
-    if not seconds:
-        return None
-    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else age(seconds)
+    """Times of single calls: hundredths of a millisecond matter."""
+    if not seconds or seconds >= 1:
+        return age(seconds) if seconds else None
+    return f"{seconds * 1e3:.{1 if seconds >= 1e-3 else 2}f} ms"
