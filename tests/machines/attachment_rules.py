@@ -101,7 +101,7 @@ class Rules:
             yield bad, epoch  # one rank's loss is everybody's
         elif state is State.ATTACHING and self.votes_suffice(said.get(("opened", epoch), 0), ranks):
             yield "commit", epoch
-        if state in (State.ATTACHING, State.DRAINING) or (state is State.DETACHING and not reaped):
+        if a.due_us is not None and not (state is State.DETACHING and reaped):
             yield "deadline", epoch
         if state in (State.DETACHING, State.FAILED) and reaped:
             yield "reaped", epoch

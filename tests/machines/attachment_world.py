@@ -48,6 +48,15 @@ class Scenario(NamedTuple):
     #: How many plans a follower may be behind.
     lag: int = 1
 
+    def plan(self, number: int) -> Plan:
+        """What the leader plans for a command: its verb, and a name of its own."""
+        verb, *rest = self.script[number].split()
+        if verb == "cancel":  # its name ends with that of the command that it means, if that has come before
+            target = int(rest[0])
+            meant = self.plan(target)[1] if target < number else "?"
+            return verb, f"{number}: cancel {meant}"
+        return verb, f"{number}: {self.script[number]}"
+
 
 class Urgency(StrEnum):
     """Whether a run may end with this move still possible."""
@@ -98,8 +107,7 @@ class Explorer:
             plan = ("admit", world.ops_sent)
             yield Urgency.MAY, f"leader plans {plan}", self._issue(world._replace(ops_sent=world.ops_sent + 1), plan)
         if world.commands_sent < len(self.scenario.script):
-            command = self.scenario.script[world.commands_sent]
-            plan = (command.split()[0], f"{world.commands_sent}: {command}")
+            plan = self.scenario.plan(world.commands_sent)
             next_world = world._replace(commands_sent=world.commands_sent + 1)
             yield Urgency.MAY, f"leader plans {plan}", self._issue(next_world, plan)
 
@@ -258,6 +266,8 @@ class Explorer:
         """Nothing is left that must happen."""
         for rank in world.ranks:
             replica = self.replicas[rank.replica]
+            if replica.waits_patiently():
+                continue
             places = [(a is replica.slot.current, a.state) for a in replica.slot.places()]
             promise(not rank.plans and places in ([], [(True, State.ATTACHED)]), f"came to rest in {replica.slot!r}")
             promise(len(replica.answers) == world.commands_sent, "a command was never answered")
@@ -266,6 +276,8 @@ class Explorer:
         """Nothing at all is left to happen."""
         for rank in world.ranks:
             replica = self.replicas[rank.replica]
+            if replica.waits_patiently():
+                continue
             promise(len(replica.free) == self.scenario.pages, "pages leaked at rest")
             promise({p.epoch for p in rank.processes} == {a.epoch for a in replica.slot.places()}, "processes leaked")
 

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from sglang_hicache.storage import attachment as machine
-from sglang_hicache.storage.attachment import TABLE, Handler, Never, StorageAttachment, StorageSlot
+from sglang_hicache.storage import attachment_table as machine
+from sglang_hicache.storage.attachment import StorageSlot
 from sglang_hicache.storage.attachment_events import (
     Answer,
     Attach,
+    Cancel,
+    Detach,
     Event,
     FreeOps,
     Instruction,
@@ -25,6 +27,7 @@ from sglang_hicache.storage.attachment_events import (
     State,
     Verdict,
 )
+from sglang_hicache.storage.attachment_table import TABLE, Handler, Never, StorageAttachment
 from tests.machines.attachment_replicas import BrokenPromise, Plan
 from tests.machines.attachment_rules import Rank, Rules
 from tests.machines.attachment_world import Scenario, explore
@@ -38,6 +41,10 @@ LATE = Scenario(("attach late", "detach"), ops=2, faults=2)
 REUSE = Scenario(("attach a", "detach", "attach b"), ops=2)
 EVERYTHING = Scenario(("attach a", "switch b", "detach"))
 HASTE = Scenario(("attach a", "detach", "detach"), faults=2, lag=2)
+CANCEL = Scenario(("attach a", "cancel 0", "attach b"), lag=2, faults=2)
+CANCEL_SWITCH = Scenario(("attach a", "switch b", "cancel 1", "cancel 1"))
+PATIENT = Scenario(("attach a", "switch b patiently", "detach patiently", "detach"), ranks=1, ops=2, pages=2, faults=2)
+CALMED = Scenario(("attach a", "detach", "detach patiently"))
 SHORT = {
     "solo": SOLO,
     "rude": RUDE,
@@ -48,6 +55,10 @@ SHORT = {
     "reuse": REUSE,
     "everything": EVERYTHING,
     "haste": HASTE,
+    "cancel": CANCEL,
+    "cancelled switch": CANCEL_SWITCH,
+    "patient": PATIENT,
+    "calmed": CALMED,
 }
 LONG = {
     "three ranks": Scenario(("attach a", "detach"), ranks=3, faults=2, lag=2),
@@ -58,6 +69,8 @@ LONG = {
     "one rank, many faults": Scenario(
         ("attach a", "switch late", "switch c", "detach", "attach d"), ranks=1, ops=2, faults=3
     ),
+    "patience under faults": Scenario(("attach a", "switch b patiently", "detach"), lag=2),
+    "cancel anywhere": Scenario(("attach a", "cancel 0", "switch b", "cancel 2", "detach"), faults=2),
     "clear anywhere": Scenario(("attach a", "clear", "switch b", "clear", "detach"), faults=1),
 }
 
@@ -90,7 +103,7 @@ def test_scenarios_take_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {cell: handler for cell, handler in TABLE.items() if not isinstance(handler, Never)}
     for cell, handler in rows.items():
         monkeypatch.setitem(TABLE, cell, watched(cell, handler))
-    for scenario in (SOLO, RUDE, SWITCH, HASTE):
+    for scenario in (SOLO, RUDE, SWITCH, HASTE, CANCEL):
         explore(scenario)
     assert {(state.value, kind.value) for state, kind in rows.keys() - taken} == set()
 
@@ -116,6 +129,48 @@ def _cell(state: State, kind: Kind, wrong: Handler) -> Patch:
     return lambda monkeypatch: monkeypatch.setitem(TABLE, (state, kind), wrong)
 
 
+def _commit_sets_no_time(slot: StorageSlot, a: StorageAttachment, event: Event) -> Iterator[Instruction]:
+    a.drain_us = None
+    yield from COMMIT(slot, a, event)
+
+
+def _detach_gives_more_time(slot: StorageSlot, a: StorageAttachment, event: Detach) -> Iterator[Instruction]:
+    yield from machine._wait(slot, a, event)
+    a.due_us = event.due_us
+
+
+def _kill_keeps_the_deadline(slot: StorageSlot, a: StorageAttachment, event: Event) -> Iterator[Instruction]:
+    due_us = a.due_us
+    yield from KILL(slot, a, event)
+    a.due_us = due_us
+
+
+def _cancel_forgets_the_process(slot: StorageSlot, a: StorageAttachment, _: Cancel) -> Iterator[Instruction]:
+    a.error = "cancelled"
+    yield from END(slot, a)
+
+
+def _cancel_answers_too(slot: StorageSlot, a: StorageAttachment, event: Cancel) -> Iterator[Instruction]:
+    yield from CANCEL_OPENING(slot, a, event)
+    yield Answer(a.command_id, Verdict.FAILED, "cancelled")
+
+
+def _cancel_is_never_answered(slot: StorageSlot, a: StorageAttachment, event: Cancel) -> Iterator[Instruction]:
+    yield from CANCEL_OPENING(slot, a, event)
+    a.command_id = ""
+
+
+def _cancel_takes_the_old_one_down(slot: StorageSlot, a: StorageAttachment, event: Cancel) -> Iterator[Instruction]:
+    yield from CANCEL_OPENING(slot, a, event)
+    if slot.current is not None and slot.current.state is State.ATTACHED:
+        yield from machine._drain(slot.current, 0)
+
+
+def _cancel_kills_again(slot: StorageSlot, a: StorageAttachment, event: Cancel) -> Iterator[Instruction]:
+    a.command_id = ""
+    yield from CANCEL_OPENING(slot, a, event)
+
+
 def _nothing(*_: object) -> Iterator[Instruction]:
     yield from ()
 
@@ -129,7 +184,7 @@ def _switch_drains_before_the_commit(slot: StorageSlot, a: StorageAttachment, ev
     old = slot.current
     yield from OPEN(slot, a, event)
     if old is not None:
-        yield from machine._drain(slot, old, event)
+        yield from machine._drain(old, 0)
 
 
 def _commit_forgets_the_old_one(slot: StorageSlot, a: StorageAttachment, event: Event) -> Iterator[Instruction]:
@@ -138,7 +193,7 @@ def _commit_forgets_the_old_one(slot: StorageSlot, a: StorageAttachment, event: 
 
 
 def _commit_keeps_the_old_one_running(slot: StorageSlot, a: StorageAttachment, _: Event) -> Iterator[Instruction]:
-    command_id, a.state, a.command_id = a.command_id, State.ATTACHED, ""
+    command_id, a.state, a.command_id, a.due_us = a.command_id, State.ATTACHED, "", None
     slot.retiring, slot.current, slot.candidate = slot.current, a, None
     yield Answer(command_id, Verdict.OK)
 
@@ -160,7 +215,7 @@ def _failed_switch_takes_the_old_one_down(
 ) -> Iterator[Instruction]:
     yield from KILL(slot, a, event)
     if a is slot.candidate and slot.current is not None and slot.current.state is State.ATTACHED:
-        yield from machine._drain(slot, slot.current, event)
+        yield from machine._drain(slot.current, 0)
 
 
 def _loss_forgets_the_candidate(slot: StorageSlot, a: StorageAttachment, event: Event) -> Iterator[Instruction]:
@@ -178,7 +233,8 @@ def _detached_at_once_when_lost(slot: StorageSlot, a: StorageAttachment, event: 
     yield from FINISH(slot, a, event)
 
 
-def _drain_stops_at_once(slot: StorageSlot, a: StorageAttachment, _: Event) -> Iterator[Instruction]:
+def _drain_stops_at_once(a: StorageAttachment, due_us: int | None) -> Iterator[Instruction]:
+    a.due_us = due_us
     yield from machine._stop(a)
 
 
@@ -244,7 +300,7 @@ def _quarantine_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 OPEN, COMMIT, KILL, FINISH, END = machine._open, machine._commit, machine._kill, machine._finish, machine._end
-WRITE_OFF, RELEASE = machine._write_off, machine._release
+WRITE_OFF, RELEASE, CANCEL_OPENING = machine._write_off, machine._release, machine._cancel_opening
 
 MACHINE_MISTAKES: dict[str, tuple[Scenario, Patch]] = {
     "attach says ok before the commit": (AGAIN, _replace("_open", _ok_before_the_commit)),
@@ -279,6 +335,17 @@ MACHINE_MISTAKES: dict[str, tuple[Scenario, Patch]] = {
     "attach while one is opening": (RUDE, _cell(State.ATTACHING, Kind.ATTACH, machine._open)),
     "attach while one is killed": (AGAIN, _cell(State.FAILED, Kind.ATTACH, machine._open)),
     "attach without a conflict answer": (RUDE, _cell(State.ATTACHED, Kind.ATTACH, _nothing)),
+    "a switch lets the old one drain for ever": (SWITCH, _replace("_commit", _commit_sets_no_time)),
+    "a detach by force leaves a drain its time": (PATIENT, _cell(State.DRAINING, Kind.DETACH, machine._wait)),
+    "a detach by force leaves a close its time": (PATIENT, _cell(State.DETACHING, Kind.DETACH, machine._wait)),
+    "a patient detach takes a time back": (CALMED, _replace("_hurry", _detach_gives_more_time)),
+    "a kill keeps the deadline": (AGAIN, _replace("_kill", _kill_keeps_the_deadline)),
+    "cancel does nothing": (CANCEL, _cell(State.ATTACHING, Kind.CANCEL, _nothing)),
+    "cancel forgets the process": (CANCEL, _replace("_cancel_opening", _cancel_forgets_the_process)),
+    "cancel answers, and so does the end": (CANCEL, _replace("_cancel_opening", _cancel_answers_too)),
+    "what is cancelled is never answered": (CANCEL, _replace("_cancel_opening", _cancel_is_never_answered)),
+    "cancel takes the old one down": (CANCEL_SWITCH, _replace("_cancel_opening", _cancel_takes_the_old_one_down)),
+    "cancel of a failing one takes its answer": (CANCEL, _cell(State.FAILED, Kind.CANCEL, _cancel_kills_again)),
 }
 
 

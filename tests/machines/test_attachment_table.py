@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from sglang_hicache.errors import IntegrityError
-from sglang_hicache.storage.attachment import TABLE, Never
 from sglang_hicache.storage.attachment_events import (
     Admitted,
     Attach,
+    Cancel,
     Cleared,
     Detach,
     Event,
@@ -18,6 +18,7 @@ from sglang_hicache.storage.attachment_events import (
     State,
     Switch,
 )
+from sglang_hicache.storage.attachment_table import TABLE, Never
 from sglang_hicache.wire import StorageOutcome
 from tests.machines.attachment_rig import Rig, in_state
 
@@ -35,6 +36,8 @@ def _event(kind: Kind) -> Event:
             return Switch("new", "memory", "{}")
         case Kind.DETACH:
             return Detach("new")
+        case Kind.CANCEL:
+            return Cancel("attach 1")
         case Kind.ADMITTED:
             return Admitted(1)
         case Kind.OP_CLOSED:
@@ -51,6 +54,8 @@ AFTER = {
     Kind.ATTACH: "DETACHED ATTACHING ATTACHED DRAINING DETACHING FAILED",
     Kind.SWITCH: "DETACHED ATTACHING ATTACHED DRAINING DETACHING FAILED",
     Kind.DETACH: "DETACHED FAILED DRAINING DRAINING DETACHING FAILED",
+    # Of one that is open nobody knows by which command it came: there is nothing that a cancel could mean.
+    Kind.CANCEL: "DETACHED FAILED ATTACHED DRAINING DETACHING FAILED",
     Kind.ADMITTED: "- - ATTACHED - - -",
     Kind.OP_CLOSED: "- - ATTACHED DETACHING - FAILED",
     Kind.CLEARED: "DETACHED ATTACHING ATTACHED DRAINING DETACHING FAILED",

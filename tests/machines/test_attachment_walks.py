@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from sglang_hicache.storage.attachment_events import Verdict
 from tests.machines.attachment_world import Explorer, Scenario, Urgency, World
 
-COMMANDS = ("attach a", "attach late", "switch b", "switch late", "detach", "clear")
+COMMANDS = (
+    "attach a", "attach late", "switch b", "switch late", "switch b patiently", "detach", "detach patiently", "clear",
+    "cancel 0", "cancel 1", "cancel 2", "cancel 4",
+)  # fmt: skip
 
 scenarios = st.builds(
     Scenario,
