@@ -9,11 +9,14 @@ import argparse
 import os
 import stat
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from sglang_hicache.ctl.client import Client
 from sglang_hicache.ctl.console import Console
 from sglang_hicache.errors import UserError
+
+#: `Client`, or one that can do more.
+AnyClient = TypeVar("AnyClient", bound=Client)
 
 URL_ENV, KEY_ENV = "HICACHECTL_URL", "HICACHECTL_KEY"
 DEFAULT_URL = "http://127.0.0.1:30000"
@@ -69,10 +72,10 @@ def add_command(commands: Any, name: str, run: Run | None, about: str) -> argpar
     return parser
 
 
-def client_of(args: argparse.Namespace) -> Client:
+def client_of(args: argparse.Namespace, kind: type[AnyClient] = Client) -> AnyClient:
     """The client that the flags and the environment describe."""
     url = args.url or os.environ.get(URL_ENV) or DEFAULT_URL
-    return Client(url, _key(args.key_file), cacert=args.cacert or "")
+    return kind(url, _key(args.key_file), cacert=args.cacert or "")
 
 
 def _key(path: str | None) -> str:
