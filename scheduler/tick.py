@@ -16,14 +16,18 @@ from collections.abc import Collection, Sequence
 import msgspec
 
 from sglang_hicache import wire
-from sglang_hicache.cache.op import Op, OpPhase
+from sglang_hicache.cache.op import COPIES, Op, OpPhase
 from sglang_hicache.config import ServerConfig
 from sglang_hicache.errors import IntegrityError
+from sglang_hicache.scheduler import endings
 from sglang_hicache.scheduler.core import SchedulerCore
 from sglang_hicache.storage.attachment import StorageAttachment, StorageSlot
 from sglang_hicache.storage.attachment_events import State
 
 log = logging.getLogger(__name__)
+
+#: Code of an op whose storage process has said what cannot be.
+CONTRACT = "contract"
 
 
 class Ledger:
@@ -64,10 +68,6 @@ class Ledger:
     def by_all(self, kind: str, epoch: int) -> bool:
         return len(self.said(kind, epoch)) == self._ranks
 
-    def details(self, kind: str, epoch: int) -> str:
-        """The reasons of those who reported, in rank order."""
-        return "; ".join(f"rank {rank}: {detail}" for rank, detail in sorted(self.said(kind, epoch).items()))
-
     def closed_by(self, op_id: int) -> set[int]:
         """Ranks that have let go of an op."""
         return {rank for rank, fact in self._ops.get(op_id, {}).items() if fact.closed}
@@ -81,7 +81,7 @@ class Ledger:
             facts = self._ops.get(op.id, {})
             if op.epoch in ending or (not facts and op.phase is not OpPhase.REVOKED):
                 continue
-            pages, reason = self._least(facts) if len(facts) == self._ranks else (0, "")
+            pages, reason = self._least(op, facts) if len(facts) == self._ranks else (0, "")
             closed = len(facts) == self._ranks and all(f.closed for f in facts.values())
             settled = len(facts) == self._ranks and all(f.settled for f in facts.values())
             # A revoked op is settled at once, with what has been reported: its request must not wait for a
@@ -92,10 +92,16 @@ class Ledger:
         return outcomes
 
     @staticmethod
-    def _least(facts: dict[int, wire.OpFact]) -> tuple[int, str]:
+    def _least(op: Op, facts: dict[int, wire.OpFact]) -> tuple[int, str]:
         """The fewest pages that any rank has, and why: the lowest of those ranks speaks for all of them."""
-        _, fact = min(facts.items(), key=lambda said: (said[1].pages, said[0]))
-        return fact.pages, fact.reason
+        said = {rank: (fact.pages, fact.reason) for rank, fact in facts.items()}
+        for rank, (pages, _) in said.items():
+            if pages > op.pages and op.kind not in COPIES:
+                # Not believed in any page.  Taken at its word it would end every rank: no op can settle beyond its end.
+                log.warning("rank %d claims %d of %d pages", rank, pages, op.pages, extra={"op": op.id})
+                said[rank] = 0, CONTRACT
+        rank = min(said, key=lambda rank: (said[rank][0], rank))
+        return said[rank]
 
     def clear_outcomes(self, core: SchedulerCore, overdue: set[str]) -> list[wire.ClearOutcome]:
         """Clears that every rank has finished, or that will not be finished."""
@@ -274,41 +280,25 @@ class Leader:
         if state in (State.DETACHING, State.FAILED) and ledger.by_all("reaped", epoch):
             return "reaped", ""
         if state is State.FAILED and ledger.said("reap_timeout", epoch):
-            return "reap_timeout", f"could not be reaped after SIGKILL: {ledger.details('reap_timeout', epoch)}"
+            return "reap_timeout", endings.unreaped(ledger.said("reap_timeout", epoch))
         for bad in ("open_failed", "lost"):  # one rank's loss is everybody's
             if ledger.said(bad, epoch) and core.tiers.slot.expects(bad, epoch):
-                return bad, ledger.details(bad, epoch)
+                return bad, endings.reported(ledger.said(bad, epoch))
         if state is State.ATTACHING and ledger.by_all("opened", epoch):
             return "commit", ledger.said("opened", epoch).get(0, "")
         if state in (State.ATTACHED, State.DRAINING):
             stuck = [op for op in core.tiers.ops.of_epoch(epoch) if op.deadline_us and now_us >= op.deadline_us]
             if stuck:
-                return "lost", self._hung(stuck[0])
+                late = self._others(ledger.closed_by(stuck[0].id))
+                return "lost", endings.hung(stuck[0], self._config.storage.op_timeout_s, late)
         if attachment.due_us is not None and now_us >= attachment.due_us:
-            return "deadline", self._late(attachment)
+            heard = "opened" if state is State.ATTACHING else "reaped"
+            return "deadline", endings.overdue(attachment, self._others(ledger.said(heard, epoch)))
         return "", ""
-
-    def _hung(self, op: Op) -> str:
-        """In the words of whoever reads the status: what the store did not do, and where."""
-        ended = self._ledger.closed_by(op.id)
-        seconds = self._config.storage.op_timeout_s
-        return (
-            f"the store hangs: a {op.kind.name.lower()} of {op.pages} pages did not end within {seconds:g} s on "
-            f"{self._others(ended)} (op {op.id}); storage is detached, attach it again when the store answers"
-        )
-
-    def _late(self, attachment: StorageAttachment) -> str:
-        if attachment.state is State.ATTACHING:
-            return f"not open in time on {self._others(self._ledger.said('opened', attachment.epoch))}"
-        if attachment.state is State.DRAINING:
-            count = attachment.in_flight
-            return f"the store hangs: {count} operations did not end before the detach was due; they were cut off"
-        late = self._others(self._ledger.said("reaped", attachment.epoch))
-        return f"the store did not close in time on {late}, and its process was killed"
 
     def _others(self, ranks: Collection[int]) -> str:
         """All ranks but these, as text."""
-        return f"rank {', '.join(str(rank) for rank in range(self._ranks) if rank not in ranks)}"
+        return endings.named([rank for rank in range(self._ranks) if rank not in ranks])
 
     def wake_at_us(self, core: SchedulerCore) -> int | None:
         """When the leader must look at the clock again although nothing has arrived."""

@@ -27,7 +27,6 @@ from sglang_hicache.cache.op import Op, OpKind
 from sglang_hicache.cache.storage_ops import StorageOps
 from sglang_hicache.errors import IntegrityError
 
-
 #: Why a write stops at a page that could have been written all the same.
 _NOT_THE_PAGE = (Loss.NO_SPACE, "revoked")
 
