@@ -14,12 +14,11 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import os
 import secrets
-import stat
 from typing import Any
 
 from sglang_hicache.errors import StorageError
+from sglang_hicache.private_file import NotPrivate, read_private_blocking
 from sglang_hicache.storage.settings import EncryptionSettings
 
 KEY_BYTES = 32
@@ -28,9 +27,6 @@ _NONCE_BYTES = 12
 
 #: A file with more in it than any form of a key is none.
 _MOST_FILE_BYTES = 128
-
-#: A link in the file's place may be somebody else's; without O_NONBLOCK a named pipe would hold the attach for ever.
-_OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class AesGcm:
@@ -73,29 +69,13 @@ class AesGcm:
 
 def open_cipher_blocking(settings: EncryptionSettings | None) -> AesGcm | None:
     """The cipher that an extra config asks for."""
-    return AesGcm(_parse_key(_read_private_blocking(settings.key_file))) if settings else None
-
-
-def _read_private_blocking(path: str) -> bytes:
-    """The start of a file that nobody but this user could have read or written."""
+    if settings is None:
+        return None
     try:
-        descriptor = os.open(path, _OPEN_FLAGS)
-    except OSError as error:
-        raise _refusal(f"cannot be opened ({error.strerror}); a symbolic link is not followed") from None
-    try:
-        # Of the open file and not of its name: the name may mean another file by now.
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise _refusal("is no regular file")
-        if found.st_uid != os.geteuid():
-            raise _refusal(f"belongs to user {found.st_uid}; it must belong to {os.geteuid()}, who runs this server")
-        if found.st_mode & 0o077:
-            raise _refusal(f"has mode {stat.S_IMODE(found.st_mode):04o}; nobody else may read it: chmod 600")
-        return os.read(descriptor, _MOST_FILE_BYTES + 1)
-    except OSError as error:
-        raise _refusal(f"cannot be read ({error.strerror})") from None
-    finally:
-        os.close(descriptor)
+        content = read_private_blocking(settings.key_file, _MOST_FILE_BYTES + 1)
+    except NotPrivate as error:
+        raise _refusal(str(error)) from None
+    return AesGcm(_parse_key(content))
 
 
 def _parse_key(content: bytes) -> bytes:

@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sglang_hicache.errors import StorageError
+from sglang_hicache.private_file import sync_folder_blocking
 from sglang_hicache.storage.backend import OpenContext, PageOutcome, PageResult, StorageBackend
 from sglang_hicache.storage.capacity import Limits, default_min_free_bytes, size_text
 from sglang_hicache.storage.file_evictor import Evictor
@@ -33,7 +34,7 @@ from sglang_hicache.storage.file_folder import Lease, make_private, storage_fold
 from sglang_hicache.storage.file_pages import READ_FLAGS, TMP, TOUCH_INTERVAL_S, page_path, read_header, walk_blocking
 from sglang_hicache.storage.file_quarantine import set_aside_blocking, trim_blocking
 from sglang_hicache.storage.file_share import Share
-from sglang_hicache.storage.file_transfer import fill_blocking, pour_blocking, sync_folder_blocking
+from sglang_hicache.storage.file_transfer import fill_blocking, pour_blocking
 from sglang_hicache.storage.page_format import HEADER_BYTES, ROOT_PARENT, IncomingPage, OutgoingPage, PageName
 from sglang_hicache.storage.settings import FileSettings
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-from pathlib import Path
 
 from sglang_hicache.storage.page_format import (
     CHUNK_BYTES,
@@ -59,12 +58,3 @@ def _write_all(descriptor: int, buffers: list[bytes | memoryview], offset: int) 
     if written != wanted:
         # A regular file takes less than asked when the disk is full; asking again would only say so by errno.
         raise OSError(errno.ENOSPC, f"only {written} of {wanted} bytes were taken")
-
-
-def sync_folder_blocking(folder: Path) -> None:
-    """Names in this folder reach the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
