@@ -9,6 +9,7 @@ from one seed, so every failure repeats itself.
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections import deque
 
@@ -103,6 +104,15 @@ class PlayedWorker:
 def next_token(tokens: list[int], weights: str = "") -> int:
     """The model: some function of the whole text and its weights."""
     return int(page_digest(weights, tokens), 16) % 50 + 8
+
+
+#: What a store holds: by rank and key.
+Store = dict[tuple[int, bytes], tuple[str | int, ...]]
+
+
+def store_name(spawn: Spawn) -> str:
+    """The backend, and, of a file store, its folder: only what has the same name has the same pages."""
+    return spawn.backend + json.loads(spawn.extra_config_json).get("file_storage_path", "")
 
 
 class PlayedStorage:
@@ -274,7 +284,8 @@ class SimRank:
         epoch = instruction.epoch
         if isinstance(instruction, Spawn):
             world = self.world
-            self.storage[epoch] = PlayedStorage(self, instruction, world.store, world.random, world.fault_rate)
+            store = world.stores.setdefault(store_name(instruction), {})
+            self.storage[epoch] = PlayedStorage(self, instruction, store, world.random, world.fault_rate)
         elif self.storage[epoch].state != "gone":
             self.storage[epoch].state = "stopping" if isinstance(instruction, Stop) else "killed"
 
@@ -312,7 +323,8 @@ class World:
         self.config = config or server_config(ranks)
         self.fault_rate = fault_rate
         self.check_each_tick = check_each_tick
-        self.store: dict[tuple[int, bytes], tuple[int, ...]] = {}
+        #: By the name of the store: they outlive attachments.
+        self.stores: dict[str, Store] = {}
         self.ranks = [SimRank(self, number) for number in range(ranks)]
         self.leader = Leader(self.config, ranks)
         self.reports: list[deque[wire.RankReport]] = [deque() for _ in range(ranks)]
@@ -322,6 +334,15 @@ class World:
         self.commands: list[str] = []
         #: All that were ever asked for.
         self.weights = [""]
+
+    @property
+    def store(self) -> Store:
+        """What the memory store holds: the one that most tests attach."""
+        return self.stores.setdefault("memory", {})
+
+    @store.setter
+    def store(self, pages: Store) -> None:
+        self.stores["memory"] = pages
 
     # ------------------------------------------------------------------------------------------- inputs
 
