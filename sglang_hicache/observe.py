@@ -37,6 +37,9 @@ _SECRET_NAME = re.compile(
 #: Names under which a number counts tokens ("prefetch_timeout_per_ki_token") and opens nothing.
 _COUNTS_TOKENS = re.compile(r"(?i)tokens$|(?<!api)(?<!access)(?<!auth)(?<!secret)(?<!session)[_-]token$")
 
+#: A text that each rank fills in for itself (`storage/placeholders.py`) says where a secret is, and not what it is.
+_FILLED_IN = re.compile(r"\$\{[\w.]+\}")
+
 #: User and password of a URL, up to the last @ before its path: a password may hold one.
 _URL_LOGIN = re.compile(r"(?<=://)[^/\s\"']+(?=@)")
 
@@ -91,6 +94,8 @@ def _inherited(parent: str, name: str) -> str:
 
 def _is_secret(value: Any, name: str) -> bool:
     if value is None or value == "" or isinstance(value, bool) or not _SECRET_NAME.search(name):
+        return False
+    if isinstance(value, str) and _FILLED_IN.fullmatch(value):
         return False
     return isinstance(value, str) or not _COUNTS_TOKENS.search(name)
 

@@ -15,6 +15,7 @@ from sglang_hicache.errors import UserError
 from sglang_hicache.extra_config import extra_config_json
 from sglang_hicache.observe import learn_secrets
 from sglang_hicache.storage import registry
+from sglang_hicache.storage.placeholders import check_placeholders
 from sglang_hicache.tokenizer.api import AttachBody, DetachBody, MalformedBody, decode_body
 from sglang_hicache.tokenizer.ranks_desk import new_id
 from sglang_hicache.tokenizer.shown import shown_config
@@ -134,6 +135,7 @@ def _extra_config(body: AttachBody, storage: StorageConfig) -> str | None:
         config = extra_config_json(given, below=storage.config_dir)
         learn_secrets(config)
         registry.validate_extra_config(body.hicache_storage_backend, config)
+        check_placeholders(config, storage.config_env)
     except UserError as error:
         if not given or given.startswith("@"):
             raise

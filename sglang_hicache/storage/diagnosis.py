@@ -65,7 +65,6 @@ _BY_CLASS = {
     "ImportError": "missing_library",
     "AuthenticationError": "wrong_password",
     "ReadOnlyError": "read_only",
-    "UserError": "bad_config",
 }
 
 #: What stores and our own checks say, where nothing better is known.  The first that is found counts.
@@ -111,9 +110,11 @@ def diagnose(error: BaseException, backend: str, settings: BackendSettings | Non
 
 def _code_of(error: BaseException) -> str:
     """What lies deepest knows best: the error that a library met, and not what it made of it."""
-    chain = list(_chain(error))
+    if isinstance(error, UserError):
+        return "bad_config"
     if isinstance(error, StorageError) and error.code:
         return error.code
+    chain = list(_chain(error))
     for link in reversed(chain):
         found = _known(link)
         if found:

@@ -142,6 +142,10 @@ def test_malformed_body(server: FakeServer, body: Any) -> None:
         ({"hicache_storage_backend_extra_config_json": '{"prefetch_threshold": -1}'}, ["prefetch_threshold", "-1"]),
         ({"hicache_storage_backend_extra_config_json": '{"colour": 1}'}, ["colour", "file_storage_path"]),
         ({"hicache_storage_backend_extra_config_json": "@/etc/passwd"}, ["@", "--hicache-config-dir"]),
+        ({"hicache_storage_backend_extra_config_json": '{"file_storage_path": "/x/${env.HOME}"}'},
+         ["${env.HOME}", "--hicache-config-env"]),
+        ({"hicache_storage_backend_extra_config_json": '{"file_storage_path": "/x/${host}"}'},
+         ["${host}", "${node.hostname}"]),
     ],
 )
 def test_refusal_names_value_and_choices(server: FakeServer, change: dict[str, Any], words: list[str]) -> None:
