@@ -65,7 +65,18 @@ class Admission:
                 budget -= shares[-1].tokens
         if not retracted:  # memory is short: whoever was admitted now would be retracted next
             self._admit(shares, budget, tick, now_us)
+        self._tell_gate(shares)
         return shares
+
+    def _tell_gate(self, shares: list[Share]) -> None:
+        """What the forward of this tick is made of: the next plan says how long it took."""
+        extends = [share for share in shares if share.request.state is RequestState.EXTENDING]
+        left = sum(len(r.tokens) - r.computed for r in self.running if r.state is RequestState.EXTENDING)
+        tokens = sum(share.tokens for share in extends)
+        self._prefetcher.gate.computes(
+            tokens, decodes=len(shares) - len(extends), samples=any(share.is_last for share in shares),
+            left_tokens=left - tokens,
+        )
 
     def _make_room(self, tick: int) -> bool:
         """A page for every decoding request that needs one; the youngest are sent back to the line until it fits."""
@@ -100,8 +111,10 @@ class Admission:
             self._waiting.remove(request)
             span = self._prefetcher.span_tokens(request.rid)
             backend = self._prefetcher.backend(request.rid) or self._slot.serving()
+            decision = self._prefetcher.decision(request.rid, now_us)
             self._prefetcher.forget(request.rid)
             if request.cached is None:
+                request.fetch = decision
                 class_name = spec(backend).class_name if backend else ""
                 request.cached = self._pages.cached_tokens(request, match, span, class_name)
             request.move(RequestState.EXTENDING)

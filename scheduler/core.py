@@ -112,6 +112,7 @@ class SchedulerCore:
         self.tick = plan.number
         self.status.begin(plan)
         self.tiers.ops.now_us = self.tiers.slot.now_us = plan.now_us
+        self.tiers.prefetcher.begin_tick(plan.now_us, plan.forward_us)
         effects = Effects()
         for outcome in plan.storage:
             self.tiers.storage_outcome(outcome)
@@ -199,6 +200,8 @@ class SchedulerCore:
 
     def _weights_moved(self, advance: Advance, now_us: int, effects: Effects) -> None:
         """An update of the weights has taken a step: stop what was fetched for the line, or fetch it anew."""
+        if advance is Advance.HELD:
+            self.tiers.prefetcher.stop_probe()
         if advance is Advance.HELD and self.update.aborts_requests:
             for rid in list(self._requests):
                 self._abort(rid, effects, "aborted: the weights of the model change")

@@ -77,6 +77,8 @@ class Request:
     #: Pages from the root whose nodes have counted this request as a hit.
     counted_pages: int = 0
     cached: wire.CachedTokens | None = None
+    #: Whether storage was asked for what the caches lacked, and why; told with the first token.
+    fetch: wire.FetchDecision | None = None
     num_retractions: int = 0
 
     @property
@@ -96,6 +98,7 @@ class Request:
         return wire.RequestOutput(
             rid=self.rid, token_ids=token_ids, finish=finish, prompt_tokens=self.prompt_tokens,
             cached=self.cached or wire.CachedTokens(), num_retractions=self.num_retractions,
+            fetch=self.fetch if token_ids and self.output_len == len(token_ids) else None,
         )
 
     def __repr__(self) -> str:

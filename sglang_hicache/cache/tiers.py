@@ -14,6 +14,7 @@ from sglang_hicache.cache.backup import BackupQueue
 from sglang_hicache.cache.backup_pace import Limits
 from sglang_hicache.cache.backup_writer import BackupWriter
 from sglang_hicache.cache.controller import CacheController, Copy
+from sglang_hicache.cache.cost_gate import CostGate
 from sglang_hicache.cache.digest import StateDigest
 from sglang_hicache.cache.evict import EvictionPolicy
 from sglang_hicache.cache.loss import Loss
@@ -75,9 +76,10 @@ class Tiers:
         limits = Limits.of(config)
         self.backup = BackupQueue(self.controller, self.storage, pool.page_size)
         self.writer = BackupWriter(self.backup, self.controller, self.storage, limits)
+        timeout_s = config.storage.lookup_timeout_s
+        self.gate = CostGate(digest, config.scheduler.chunked_prefill_size, int(timeout_s * 1e6))
         self.prefetcher = Prefetcher(
-            self.controller, self.storage, self.backup, pool.page_size, cache.prefetch_policy,
-            config.storage.lookup_timeout_s,
+            self.controller, self.storage, self.backup, self.gate, pool.page_size, cache.prefetch_policy, timeout_s
         )
         self._driver: list[Spawn | Stop | Kill] = []
         self._answers: list[Answer] = []
