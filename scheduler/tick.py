@@ -137,7 +137,7 @@ class Ledger:
         self._canaries = {number: said for number, said in self._canaries.items() if number in under_way}
         for number, deadline_us in under_way.items():
             said = self._canaries.get(number, {})
-            failure = "; ".join(f"rank {rank}: {fact.reason}" for rank, fact in sorted(said.items()) if fact.reason)
+            failure = endings.reported({rank: fact.reason for rank, fact in said.items() if fact.reason})
             if not failure and len(said) < self._ranks:
                 if now_us < deadline_us:
                     continue
