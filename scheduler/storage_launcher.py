@@ -73,6 +73,7 @@ class StorageLauncher:
             epoch=epoch,
             backend=backend,
             extra_config_json=extra_config_json,
+            environment=used,
             namespace=self._namespace,
             head_start=layout.head_start,
             head_end=layout.head_end,

@@ -423,6 +423,8 @@ class OpenBackend(Message):
     page_bytes: int
     #: Pages in the host pool.
     host_pages: int
+    #: Variables that have gone into the extra config: those that look like secrets stay out of the log.
+    environment: dict[str, str] = {}
     #: Try the backend out with pages that are nobody's, say what was found (`DryRunDone`), and go.
     is_dry_run: bool = False
     log_format: str = "text"

@@ -356,6 +356,7 @@ def main() -> int:
     _die_with_parent(bootstrap.parent_pid)
     opened = bootstrap.open
     learn_secrets(opened.extra_config_json)
+    learn_secrets(msgspec.json.encode(opened.environment).decode())
     speaker = f"storage rank {opened.rank} {opened.backend}"
     start_logging(speaker, LogConfig(format=opened.log_format, level=opened.log_level))
     report_uncaught()
