@@ -15,9 +15,9 @@ from msgspec import structs
 from starlette.requests import Request
 from starlette.responses import Response
 
+from sglang_hicache.audit import utc
 from sglang_hicache.observe import learn_secrets, redacted, without_secrets
 from sglang_hicache.tokenizer.admin import admin_gate
-from sglang_hicache.tokenizer.operations import utc
 from sglang_hicache.tokenizer.replies import JsonReply
 from sglang_hicache.tokenizer.services import Services
 from sglang_hicache.tokenizer.shown import shown_config

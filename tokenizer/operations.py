@@ -11,11 +11,11 @@ import asyncio
 import enum
 import time
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
+from sglang_hicache.audit import utc
 from sglang_hicache.observe import redacted, without_secrets
 from sglang_hicache.tokenizer.ranks_desk import Order, Outcome, Result
 from sglang_hicache.wire import (
@@ -172,8 +172,3 @@ def _told_rank(answer: CommandAnswer) -> dict[str, Any]:
     if answer.report is not None:
         told["report"] = told_report(answer.rank, answer.report, answer.success)
     return told
-
-
-def utc(at_s: float) -> str:
-    """A moment as people and programs read it."""
-    return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
