@@ -171,7 +171,9 @@ class Commands:
             return
         name = command.backend
         if answer.verdict is Verdict.CONFLICT:
-            busy = f"Another change of the storage is under way: {answer.detail}. Try again when it has ended."
+            by_itself = self._failover.under_way()
+            who = f"the server {by_itself} by itself, and " if by_itself else ""
+            busy = f"Another change of the storage is under way: {who}{answer.detail}. Try again when it has ended."
             self._answer(answer.command_id, False, busy)
             return
         if answer.verdict is Verdict.OK:

@@ -36,6 +36,7 @@ from sglang_hicache.scheduler import batch as batches
 from sglang_hicache.scheduler.admission import Admission, Share
 from sglang_hicache.scheduler.commands import Commands
 from sglang_hicache.scheduler.failover import Canary, Failover
+from sglang_hicache.scheduler.news import News
 from sglang_hicache.scheduler.pages import RequestPages
 from sglang_hicache.scheduler.request import Request, RequestState, StopText
 from sglang_hicache.scheduler.results import Results
@@ -58,6 +59,8 @@ class Effects:
     storage: list[Spawn | Stop | Kill] = field(default_factory=list)
     to_storage: list[tuple[int, wire.ToStorage]] = field(default_factory=list)
     canaries: list[Canary] = field(default_factory=list)
+    #: All ranks have the same; the leader tells them.
+    news: list[wire.StorageNews] = field(default_factory=list)
     answers: list[wire.CommandAnswer] = field(default_factory=list)
     #: Refusals and aborts; what the forward produces comes from `apply_results`.
     outputs: list[wire.RequestOutput] = field(default_factory=list)
@@ -95,8 +98,11 @@ class SchedulerCore:
         served = Served()
         self._results = Results(config.model, self.admission, self._pages, self.longest_tokens, served)
         self.update = WeightsUpdate(rank, config.model, self.tiers, self.waiting, self.admission, self._digest)
-        self.status = RankStatus(rank, self.tiers, self.waiting, self.admission, served)
-        self.failover = Failover()
+        self.failover = Failover(
+            rank, self.tiers, config.storage, lambda: bool(self.update.blockers()), self._digest
+        )
+        self.news = News(self.tiers.slot)
+        self.status = RankStatus(rank, self.tiers, self.waiting, self.admission, served, self.failover)
         self.commands = Commands(rank, self.tiers, self.failover, self._load, config.cache.hierarchical)
         self._requests: dict[str, Request] = {}
         self._shares: list[Share] = []
@@ -117,6 +123,7 @@ class SchedulerCore:
         for outcome in plan.storage:
             self.tiers.storage_outcome(outcome)
         self._answer_slot()  # now: the write policy of an attach decides what its upload copies
+        self.news.look()
         for op_outcome in plan.ops:
             self.tiers.op_outcome(op_outcome, self.tick, plan.now_us)
         for clear in plan.clears:
@@ -131,6 +138,9 @@ class SchedulerCore:
             else:
                 self.commands.start(command, plan.now_us)
             effects.stop |= isinstance(command, wire.Shutdown)
+        self.news.look()
+        self.failover.advance(plan.now_us, plan.forward_us)
+        self.news.look()
         for request in plan.requests:
             self._receive(request, plan.now_us, effects)
         for rid in plan.aborts:  # after the requests: one that came and went within a tick has both in this plan
@@ -146,7 +156,10 @@ class SchedulerCore:
         tiers = self.tiers.take_effects()
         effects.storage, effects.to_storage = tiers.storage, tiers.to_storage
         effects.copies_out, effects.copies_in = tiers.copies_out, tiers.copies_in
+        effects.canaries = self.failover.take_canaries()
         self._answer_slot()
+        self.news.look()
+        effects.news = self.news.take()
         update = self.update.take_effects()
         effects.weights = update.instructions
         effects.answers, self.commands.answers = self.commands.answers + update.answers, []
@@ -258,7 +271,10 @@ class SchedulerCore:
 
     def next_deadline_us(self) -> int | None:
         """When the leader's clock changes something by itself."""
-        known = (self.tiers.next_deadline_us(), self.commands.next_deadline_us(), self.update.next_deadline_us())
+        known = (
+            self.tiers.next_deadline_us(), self.commands.next_deadline_us(), self.update.next_deadline_us(),
+            self.failover.next_deadline_us(),
+        )
         return min((deadline for deadline in known if deadline is not None), default=None)
 
     def check(self) -> None:

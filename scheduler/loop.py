@@ -124,7 +124,7 @@ class TickLoop:
         ))
 
     def _status(self, query_id: str, now: int) -> wire.StatusAnswer:
-        status, driver, update = self._core.status.answer(query_id), self._driver, self._core.update
+        status, driver, update = self._core.status.answer(query_id, now), self._driver, self._core.update
         return msgspec.structs.replace(
             status,
             backend_info=driver.info(status.epoch),
@@ -173,6 +173,9 @@ class TickLoop:
             self._probes.start(canary.number, canary.backend, canary.extra_config_json, until_us)
         for answer in effects.answers:
             self._send(answer)
+        if self._rank == 0:
+            for news in effects.news:
+                self._send(news)
 
     def _send_outputs(self, outputs: list[wire.RequestOutput]) -> None:
         """All ranks have the same; the leader speaks for them."""

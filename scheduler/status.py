@@ -15,6 +15,7 @@ from sglang_hicache.cache.op import COPIES
 from sglang_hicache.cache.tiers import Tiers
 from sglang_hicache.cache.why import why
 from sglang_hicache.scheduler.admission import Admission
+from sglang_hicache.scheduler.failover import Failover
 from sglang_hicache.scheduler.request import RequestState
 from sglang_hicache.scheduler.served import Served
 from sglang_hicache.scheduler.waiting import WaitingQueue
@@ -27,13 +28,14 @@ class RankStatus:
     """Reads the parts of one core."""
 
     def __init__(
-        self, rank: int, tiers: Tiers, waiting: WaitingQueue, admission: Admission, served: Served
+        self, rank: int, tiers: Tiers, waiting: WaitingQueue, admission: Admission, served: Served, failover: Failover
     ) -> None:
         self._rank = rank
         self._tiers = tiers
         self._waiting = waiting
         self._admission = admission
         self._served = served
+        self._failover = failover
         self._tick = 0
         self._now_us = 0
         #: Backend that was attached last, "" before the first; and what was counted up to its attach.
@@ -70,9 +72,12 @@ class RankStatus:
             "chunked-req": sum(r.state is RequestState.EXTENDING for r in running),
         }
 
-    def answer(self, query_id: str) -> wire.StatusAnswer:
-        """This rank's storage slot and load."""
+    def answer(self, query_id: str, now_us: int = 0) -> wire.StatusAnswer:
+        """This rank's storage slot and load; a rank without work has applied no plan for a while, and its own clock is
+        the better one for people."""
         tiers, slot, controller = self._tiers, self._tiers.slot, self._tiers.controller
+        now_us = max(now_us, self._now_us)
+        breaker = self._failover.status(now_us)
         return wire.StatusAnswer(
             id=query_id,
             rank=self._rank,
@@ -89,7 +94,8 @@ class RankStatus:
             counters=self._counters(),
             totals=self._by_backend(),
             lost_tokens={str(reason): tokens for reason, tokens in tiers.backup.books.lost.items()},
-            why=why(tiers, self._now_us),
+            why=why(tiers, now_us, breaker),
+            breaker=breaker,
             histograms=self._tiers.measures.snapshot() | self._served.histograms(),
             load=self._load(),
             places=self._places(),

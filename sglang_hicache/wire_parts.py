@@ -116,6 +116,8 @@ class BreakerStatus(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     #: Commits of a standby, and returns to the primary, since the start.
     failovers: int = 0
     failbacks: int = 0
+    #: Seconds since storage was taken out, tries included; 0: it is not out.
+    out_s: float = 0.0
 
 
 class Incident(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

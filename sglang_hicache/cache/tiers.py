@@ -17,6 +17,7 @@ from sglang_hicache.cache.controller import CacheController, Copy
 from sglang_hicache.cache.cost_gate import CostGate
 from sglang_hicache.cache.digest import StateDigest
 from sglang_hicache.cache.evict import EvictionPolicy
+from sglang_hicache.cache.evidence import Evidence
 from sglang_hicache.cache.loss import Loss
 from sglang_hicache.cache.measures import Measures
 from sglang_hicache.cache.op import COPIES, WRITES, Op, OpKind, OpPhase, OpTable
@@ -63,6 +64,8 @@ class Tiers:
         self.ops = OpTable(digest)
         self.slot = StorageSlot(digest)
         self.quarantine = Quarantine()
+        #: Whether what is attached is well.
+        self.evidence = Evidence(digest)
         self.measures = Measures(pool.page_size * pool.token_bytes)
         self.controller = CacheController(
             cache,
@@ -108,6 +111,7 @@ class Tiers:
         if outcome.closed:
             attachment = self.slot.find(op.epoch)
             self.measures.op_ended(op, now_us, attachment.backend if attachment else "")
+            self.evidence.op_ended(op)
             self._close(op, now_us)
             self.storage.lane_moved(op, now_us)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sglang_hicache import wire
 from sglang_hicache.cache.backup_pace import MAX_WRITES, has_room
 from sglang_hicache.cache.controller import WRITE_THRESHOLD
 from sglang_hicache.cache.op import WRITES, OpKind
@@ -15,12 +16,33 @@ from sglang_hicache.cache.prefetch import CAPACITY_SHARE
 from sglang_hicache.cache.tiers import Tiers
 
 
-def why(tiers: Tiers, now_us: int) -> list[str]:
+def why(tiers: Tiers, now_us: int, breaker: wire.BreakerStatus) -> list[str]:
     """One sentence for each reason."""
     if tiers.slot.gate() is None:
+        if breaker.state in ("open", "half_open"):
+            return [_taken_out(breaker)]
         ended = "; last_error says how it ended, and an attach starts it again" if tiers.slot.last_error else ""
         return [f"storage is {tiers.slot.face().value}: nothing is written or fetched{ended}"]
-    return [*_not_copied(tiers), *_not_written(tiers, now_us), *_not_fetched(tiers)]
+    return [*_not_copied(tiers), *_not_written(tiers, now_us), *_not_fetched(tiers), *_not_the_primary(breaker)]
+
+
+def _taken_out(breaker: wire.BreakerStatus) -> str:
+    """The server has done it, and what it does next."""
+    if breaker.state == "half_open":
+        after = "a store is being tried, and attached if it is well"
+    elif breaker.next_try_s is not None:
+        after = f"next try in {breaker.next_try_s:.1f} s"
+    elif breaker.level == "auto_detach":
+        after = "it stays out until a command attaches it (fault_tolerance.level is auto_detach)"
+    else:
+        after = "it is tried again when what is under way has ended"
+    return f"storage is out since {breaker.out_s:.1f} s: {breaker.reason}; {after}"
+
+
+def _not_the_primary(breaker: wire.BreakerStatus) -> Iterator[str]:
+    if breaker.serving.startswith("standby"):
+        tried = "is being tried" if breaker.next_try_s is None else f"is tried in {breaker.next_try_s:.1f} s"
+        yield f"{breaker.serving} serves in the place of the primary, which {tried}: {breaker.reason}"
 
 
 def _not_copied(tiers: Tiers) -> Iterator[str]:
