@@ -171,11 +171,11 @@ class TickLoop:
         for canary in effects.canaries:
             until_us = now_us() + int(canary.deadline_s * 1e6)
             self._probes.start(canary.number, canary.backend, canary.extra_config_json, until_us)
+        # What has changed before the answer to whoever changed it: the answer may wait for what is kept of the change.
+        for news in effects.news if self._rank == 0 else []:
+            self._send(news)
         for answer in effects.answers:
             self._send(answer)
-        if self._rank == 0:
-            for news in effects.news:
-                self._send(news)
 
     def _send_outputs(self, outputs: list[wire.RequestOutput]) -> None:
         """All ranks have the same; the leader speaks for them."""
