@@ -171,7 +171,7 @@ class TickLoop:
         for canary in effects.canaries:
             until_us = now_us() + int(canary.deadline_s * 1e6)
             self._probes.start(canary.number, canary.backend, canary.extra_config_json, until_us)
-        # What has changed before the answer to whoever changed it: the answer may wait for what is kept of the change.
+        # Before the answer to whoever made the change: he may be told once what is kept of it is kept.
         for news in effects.news if self._rank == 0 else []:
             self._send(news)
         for answer in effects.answers:
