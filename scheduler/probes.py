@@ -24,7 +24,8 @@ from sglang_hicache.workers.storage_client import StorageClient
 
 log = logging.getLogger(__name__)
 
-#: Tries at the same time, those that were killed and have not ended included: each is a process.
+#: Dry runs at the same time, and as many canaries, which no operator can keep from being tried.  Those that were killed
+#: and have not ended count: each is a process.
 MOST_PROBES = 4
 
 #: Names of dry runs that are remembered, for whoever wants to give one up that has ended.
@@ -68,7 +69,7 @@ class Probes:
     def start(self, key: Key, backend: str, extra_config_json: str, deadline_us: int) -> None:
         """Begin; the report comes from `poll`, also where nothing could be begun."""
         self._known.append(key)
-        if len(self._probes) >= MOST_PROBES:
+        if sum(isinstance(probe.key, type(key)) for probe in self._probes) >= MOST_PROBES:
             self._fail(key, Diagnosis("other", f"{MOST_PROBES} dry runs are under way already; try again later"))
             return
         self._number += 1

@@ -13,6 +13,7 @@ from sglang_hicache.errors import ProtocolError
 from sglang_hicache.heartbeat import Heartbeat
 from sglang_hicache.observe import without_secrets
 from sglang_hicache.scheduler.core import SchedulerCore
+from sglang_hicache.scheduler.failover import Canary
 from sglang_hicache.scheduler.loop import TickLoop
 from sglang_hicache.scheduler.mailbox import LeaderMailbox
 from sglang_hicache.scheduler.probes import Probes
@@ -22,6 +23,7 @@ from sglang_hicache.sockets import Poller, Pull, Push, ipc_address
 from sglang_hicache.workers.batch import KVLayout
 from sglang_hicache.workers.staging import StagedWeights
 from sglang_hicache.workers.synthetic import SyntheticWorker
+from tests.unit.rank.conftest import PlayedClient
 
 SHUTDOWN = wire.Shutdown(id="bye")
 
@@ -224,6 +226,70 @@ def test_a_tokenizer_that_does_not_read_stops_the_rank(one_rank):
             rank.to_rank.send(wire.QueryStatus(id=str(number)))
         with pytest.raises(ProtocolError, match="stopped reading"):
             rank.loop.run_blocking()
+
+
+DRY_RUN = wire.DryRunStorage(
+    id="d", deadline_s=60.0, backend="memory", extra_config_json='{"password": "of-a-dry-run"}'
+)
+
+
+def probing(rank: Rank, *said: wire.FromStorage) -> PlayedClient:
+    """The process that this rank will start for its next try of a store."""
+    client = PlayedClient(said=list(said))
+    rank.probes._launch = lambda number, backend, extra_config_json: client
+    return client
+
+
+def test_a_dry_run_is_answered_without_a_plan_and_its_secrets_are_known(one_rank):
+    report = wire.DryRunReport(failed_step="write", code="read_only", reason="no of-a-dry-run")
+    with contextlib.ExitStack() as stack:
+        rank = Rank(one_rank, stack, SyntheticWorker())
+        stack.callback(rank.probes.close)
+        probing(rank, wire.DryRunDone(report=report))
+        (answer,) = rank.run(DRY_RUN, SHUTDOWN)
+    assert (answer.id, answer.success, answer.report.code) == ("d", False, "read_only")
+    assert rank.core.tick == 1, "only the shutdown took a plan"
+    assert without_secrets("of-a-dry-run") == "***"
+
+
+def test_a_dry_run_that_is_given_up_is_answered_as_well(one_rank):
+    cancel = wire.CancelCommand(id="x", deadline_s=1.0, target="d")
+    with contextlib.ExitStack() as stack:
+        rank = Rank(one_rank, stack, SyntheticWorker())
+        stack.callback(rank.probes.close)
+        probing(rank)
+        again = msgspec.structs.replace(cancel, id="y")
+        answers = {answer.id: answer for answer in rank.run(DRY_RUN, cancel, again, SHUTDOWN)}
+    assert answers["d"].report.code == "cancelled" and not answers["d"].success
+    assert answers["x"].success and not answers["y"].success
+    assert "ended already" in answers["y"].message
+
+
+def test_a_canary_is_told_to_the_leader(one_rank, monkeypatch):
+    with contextlib.ExitStack() as stack:
+        rank = Rank(one_rank, stack, SyntheticWorker())
+        stack.callback(rank.probes.close)
+        probing(rank, wire.DryRunDone(report=wire.DryRunReport(write_page_s=0.25, read_page_s=0.5)))
+        apply, facts = rank.core.apply, []
+
+        def applied(plan):
+            effects = apply(plan)
+            if plan.number == 1:
+                effects.canaries.append(Canary(7, "memory", "{}", 60.0))
+            return effects
+
+        monkeypatch.setattr(rank.core, "apply", applied)
+        next_plan = rank.loop._mailbox.next_plan
+
+        def planned(found, now_us):
+            facts.extend(found.canaries)
+            if facts:
+                rank.loop._mailbox.receive(SHUTDOWN, now_us)
+            return next_plan(found, now_us)
+
+        monkeypatch.setattr(rank.loop._mailbox, "next_plan", planned)
+        rank.run(wire.AbortRequest(rid="nobody"))
+    assert facts[0] == wire.CanaryFact(7, "", 0.75)
 
 
 def test_secrets_of_an_attach_are_known_to_the_rank_before_anything_else(one_rank):

@@ -115,17 +115,25 @@ def test_one_that_cannot_be_started_is_told(played, refusal, code):
 
 
 def test_the_fifth_at_a_time_is_refused_also_while_a_killed_one_does_not_end(played):
-    clients = [played.start(number) for number in range(MOST_PROBES)]
-    played.probes.start(99, "memory", "{}", DEADLINE_US)
+    clients = [played.start(f"c{number}") for number in range(MOST_PROBES)]
+    played.probes.start("x", "memory", "{}", DEADLINE_US)
     ((key, report),) = played.probes.poll(0)
-    assert key == 99 and "4 dry runs are under way already" in report.reason
+    assert key == "x" and "4 dry runs are under way already" in report.reason
     assert len(played.poll(DEADLINE_US)) == MOST_PROBES
-    played.probes.start(99, "memory", "{}", DEADLINE_US)
-    assert [key for key, _, _ in played.poll()] == [99]
+    played.probes.start("x", "memory", "{}", DEADLINE_US)
+    assert [key for key, _, _ in played.poll()] == ["x"]
     clients[0].status = -9
     played.poll()
-    played.start(100)
+    played.start("x")
     assert played.poll() == []
+
+
+def test_no_number_of_dry_runs_keeps_a_canary_from_being_tried(played):
+    """Or the store that is well again would not come back as long as somebody tries others."""
+    for number in range(MOST_PROBES):
+        played.start(f"c{number}")
+    played.start(1).said = [wire.DryRunDone(report=GOOD)]
+    assert played.probes.poll(0) == [(1, GOOD)]
 
 
 def test_one_that_is_given_up(played):
