@@ -18,7 +18,7 @@ from sglang_hicache.ctl.exits import Exit, Refused, Unreachable
 from sglang_hicache.ctl.incidents import incident_table
 from sglang_hicache.ctl.operations import operation_table
 from sglang_hicache.ctl.runbook import runbook
-from sglang_hicache.ctl.tables import Screen, age, amounts, printable, table
+from sglang_hicache.ctl.tables import Screen, age, amounts, counted, printable, table
 
 #: Incidents on the screen.
 _LATEST = 3
@@ -26,6 +26,9 @@ _LATEST = 3
 _RANK_HEADINGS = (
     "rank", "state", "backend", "epoch", "in flight", "backups waiting", "quarantined pages", "requests", "last error",
 )  # fmt: skip
+#: State of a rank that did not answer in time: nothing else is known of it.
+_SILENT = "unknown"
+
 _PLACE_HEADINGS = ("rank", "place", "state", "backend", "epoch", "in flight")
 
 
@@ -77,46 +80,51 @@ def _show(status: dict[str, Any], incidents: list[dict[str, Any]], url: str, scr
 
 def _head(status: dict[str, Any], url: str, screen: Screen) -> Iterator[str]:
     """What is attached, in few lines, each with its name in front."""
-    ranks = status["ranks"]
-    states = {rank["state"] for rank in ranks}
-    state = states.pop() if len(states) == 1 else "ranks differ"
-    paint = {"attached": screen.good, "detached": screen.bad, "failed": screen.bad}.get(state, screen.doubtful)
-    epochs = sorted({rank["epoch"] for rank in ranks if rank["epoch"] is not None})
     backend = status["hicache_storage_backend"]
-    yield f"server    {printable(url)}, {len(ranks)} rank{'s' if len(ranks) > 1 else ''}"
-    yield f"storage   {paint(state)}" + (f", {printable(backend)}" if backend else "") + _epochs(epochs)
+    yield f"server    {printable(url)}, {counted(len(status['ranks']), 'rank')}"
+    yield f"storage   {', '.join(_storage(status, screen))}"
     if backend:
         yield f"config    {printable(status['hicache_storage_backend_extra_config'])}"
-    yield f"policies  prefetch {status['hicache_storage_prefetch_policy']}, write {status['hicache_write_policy']}"
+    prefetch, write = status["hicache_storage_prefetch_policy"] or "-", status["hicache_write_policy"] or "-"
+    yield f"policies  prefetch {prefetch}, write {write}"
     yield f"at start  {_startup(status, screen)}"
     yield f"breaker   {_breaker(status['breaker'], screen)}"
     if status["audit_head"]:
         yield f"audit     head {printable(status['audit_head'])}"
 
 
-def _epochs(epochs: list[int]) -> str:
-    if not epochs:
-        return ""
-    return f", epoch {epochs[0]}" if len(epochs) == 1 else f", epochs {', '.join(map(str, epochs))}"
+def _storage(status: dict[str, Any], screen: Screen) -> Iterator[str]:
+    """State, backend and epoch, as far as the ranks agree, and who says nothing."""
+    talking = [rank for rank in status["ranks"] if rank["state"] != _SILENT]
+    states = {rank["state"] for rank in talking}
+    state = states.pop() if len(states) == 1 else "ranks differ" if states else "unknown"
+    paint = {"attached": screen.good, "detached": screen.bad, "failed": screen.bad}.get(state, screen.doubtful)
+    yield paint(state)
+    if status["hicache_storage_backend"]:
+        yield printable(status["hicache_storage_backend"])
+    if epochs := sorted({rank["epoch"] for rank in talking}):
+        yield f"epoch {' and '.join(map(str, epochs))}"
+    if silent := [str(rank["rank"]) for rank in status["ranks"] if rank["state"] == _SILENT]:
+        yield screen.bad(f"rank {', '.join(silent)} silent")
 
 
 def _startup(status: dict[str, Any], screen: Screen) -> str:
     """What the server would attach if it were started again, where that is not what is attached now."""
     startup = status["startup"]
-    then = (startup["backend"], _parsed(startup["extra_config"]))
-    now = (status["hicache_storage_backend"], _parsed(status["hicache_storage_backend_extra_config"]))
-    if then == now:
+    if _attached(startup) == _attached(status):
         return "the same"
-    wanted = f"{printable(then[0])} {printable(startup['extra_config'] or '{}')}" if then[0] else "no storage"
+    backend, config = startup["hicache_storage_backend"], startup["hicache_storage_backend_extra_config"]
+    wanted = f"{printable(backend)} {printable(config or '{}')}" if backend else "no storage"
     return f"{screen.doubtful('not what is live')}: {wanted}"
 
 
-def _parsed(extra_config: str | None) -> Any:
-    """Two texts of the same config may differ in blanks."""
+def _attached(told: dict[str, Any]) -> tuple[Any, Any]:
+    """What can be compared: two texts of the same config may differ in blanks."""
+    config = told["hicache_storage_backend_extra_config"]
     try:
-        return json.loads(extra_config or "{}")
+        return told["hicache_storage_backend"], json.loads(config or "{}")
     except ValueError:
-        return extra_config
+        return told["hicache_storage_backend"], config
 
 
 def _breaker(breaker: dict[str, Any] | None, screen: Screen) -> str:
@@ -130,15 +138,14 @@ def _breaker(breaker: dict[str, Any] | None, screen: Screen) -> str:
         parts.append(f"{printable(breaker['serving'])} serves")
     if breaker["next_try_s"] is not None:
         parts.append(f"next try in {age(breaker['next_try_s'])}")
-    counts = ((breaker["trips"], "trips"), (breaker["failovers"], "failovers"), (breaker["failbacks"], "failbacks"))
-    parts += [f"{count} {what}" for count, what in counts if count]
+    parts += [counted(breaker[f"{what}s"], what) for what in ("trip", "failover", "failback") if breaker[f"{what}s"]]
     if breaker["reason"]:
         parts.append(f"last opened because: {printable(breaker['reason'])}")
     return ", ".join(parts)
 
 
 def _rank_row(rank: dict[str, Any]) -> list[Any]:
-    if rank["state"] == "unknown":
+    if rank["state"] == _SILENT:
         return [rank["rank"], "silent"]
     load = rank["load"]
     requests = f"{load.get('running-req', 0)} run, {load.get('queue-req', 0)} wait"
@@ -157,7 +164,7 @@ def _show_errors(ranks: list[dict[str, Any]], screen: Screen) -> None:
     """Each error once, with the ranks that have it, how old it is, and where to read on."""
     said: dict[str, list[dict[str, Any]]] = {}
     for rank in ranks:
-        if rank["last_error"] and rank["state"] != "unknown":
+        if rank["last_error"] and rank["state"] != _SILENT:
             said.setdefault(rank["last_error"], []).append(rank)
     if not said:
         return

@@ -52,3 +52,15 @@ def incident(**fields: Any) -> dict[str, Any]:
         "requests": 12, "reprefilled_tokens": 3400, "computed_tokens": 9000, "reprefill_s": 2.5,
         "began": "2026-11-22T22:40:01.123Z", "ended": "2026-11-22T22:41:31.123Z", "lasted_s": 90.0,
     } | fields  # fmt: skip
+
+
+def status(**fields: Any) -> dict[str, Any]:
+    """GET /hicache/storage-backend."""
+    attached = {
+        "hicache_storage_backend": "file", "hicache_storage_backend_extra_config": '{"path": "/pages"}',
+        "hicache_storage_prefetch_policy": "timeout", "hicache_write_policy": "write_through",
+    }  # fmt: skip
+    return attached | {
+        "startup": attached, "why": ["nothing waits to be written"], "lost_tokens": {}, "breaker": breaker(),
+        "operation": [], "audit_head": "17-9f86d081", "ranks": [rank(0), rank(1)],
+    } | fields  # fmt: skip
