@@ -33,10 +33,13 @@ from sglang_hicache.wire_parts import BreakerState
 #: Reasons as other servers name them, all told from the first scrape on: an alert on one that never came must not fail.
 UNFULFILLED = (
     "below_threshold", "host_capacity", "device_capacity", "device_covered", "storage_transfer", "deadline",
-    "anchor_lost", "aux_window_trim", "device_overlap", "cache_admission_shortfall", "dropped",
+    "anchor_lost", "aux_window_trim", "device_overlap", "cache_admission_shortfall", "dropped", "not_worth",
 )  # fmt: skip
 DEFERRED = ("host_capacity", "device_capacity")
 DROPPED = ("host_pressure", "write_through_unbacked_eviction")
+#: What the cost gate says, and why storage was missed: values of `wire.FetchDecision` and `wire.Incident`.
+VERDICTS = ("fetch", "recompute", "probe")
+INCIDENTS = ("outage", "refusal", "cold_start")
 #: Counters of the storage processes: name among their stats, and meaning.
 PROCESS_COUNTERS = (
     ("lookup_pages", "Pages that look-ups found"),
@@ -202,6 +205,27 @@ def trust_series() -> Iterator[Series]:
                   lambda v: v.answer.breaker.failbacks)  # fmt: skip
     yield gauge(OWN + "standby_serves", scope, "1: a standby serves in the place of the primary.",
                 lambda v: v.answer.breaker.serving.startswith("standby"))  # fmt: skip
+    yield from by_incident(scope)
+
+
+def by_incident(scope: Scope) -> Iterator[Series]:
+    """What it has cost that storage was not there."""
+    yield by("kind", INCIDENTS, gauge(
+        OWN + "incident_lasts", scope, "1: storage is missed just now.",
+        lambda v: any(each.kind == v.case and each.ended_s_ago is None for each in v.answer.incidents),
+    ))  # fmt: skip
+    yield by("kind", INCIDENTS, counter(
+        OWN + "incidents_total", scope, "Times that storage was missed.",
+        lambda v: v.counter(f"incidents_{v.case}"),
+    ))  # fmt: skip
+    yield by("kind", INCIDENTS, counter(
+        OWN + "reprefilled_tokens_total", scope, "Tokens that were computed although storage was known to hold them.",
+        lambda v: v.counter(f"reprefilled_{v.case}_tokens"),
+    ))  # fmt: skip
+    yield by("kind", INCIDENTS, counter(
+        OWN + "reprefill_seconds_total", scope, "Seconds of prefill that these tokens took, at the measured rate.",
+        lambda v: v.counter(f"reprefill_{v.case}_us") / 1e6,
+    ))  # fmt: skip
 
 
 def rank_storage_series() -> Iterator[Series]:
@@ -210,6 +234,11 @@ def rank_storage_series() -> Iterator[Series]:
     yield by("reason", [loss.value for loss in Loss], counter(
         OWN + "lost_tokens_total", scope, "Tokens that were to be stored and are not, by reason.",
         lambda v: v.total(f"lost_{v.case}_tokens"),
+    ))  # fmt: skip
+    yield by("verdict", VERDICTS, counter(
+        OWN + "gate_tokens_total", scope,
+        "Tokens that requests lacked, by what was decided; a decision that is taken back counts again.",
+        lambda v: v.total(f"prefetch_gate_{v.case}_tokens"),
     ))  # fmt: skip
     for name, key, meaning in (
         ("offered", "backup_offered_tokens", "Tokens that were to be stored"),

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 import pytest
@@ -22,7 +22,7 @@ from sglang_hicache.storage import registry
 from sglang_hicache.storage.attachment_events import State
 from sglang_hicache.storage.backend import OpenContext
 from sglang_hicache.tokenizer import metrics
-from sglang_hicache.tokenizer.metrics_table import PROCESS_COUNTERS, UNFULFILLED
+from sglang_hicache.tokenizer.metrics_table import INCIDENTS, PROCESS_COUNTERS, UNFULFILLED, VERDICTS
 from tests.contract.fake_server import FakeServer, make_config
 from tests.house.source import ROOT
 from tests.processes.metrics_scrape import Scrape
@@ -142,6 +142,27 @@ def test_whether_storage_is_trusted(server: FakeServer) -> None:
     for name, value in (("breaker_trips", 3), ("failovers", 2), ("failbacks", 1)):
         assert scrape.value(f"sglang_hicache:{name}_total", **labels) == value, name
     assert scrape.value("sglang_hicache:standby_serves", **labels) == 1
+
+
+def test_what_it_cost_that_storage_was_missed(server: FakeServer) -> None:
+    counters = {"incidents_outage": 2, "reprefilled_outage_tokens": 640, "reprefill_outage_us": 1_500_000}
+    incidents = [
+        wire.Incident(number=1, kind="refusal", cause="wrong_host: who?", began_s_ago=90.0, ended_s_ago=80.0),
+        wire.Incident(number=2, kind="outage", cause="hung: the store hangs", began_s_ago=5.0),
+    ]
+    totals = {"file": {"prefetch_gate_recompute_tokens": 128}}
+    server.answer_status = lambda rank: STATUS | {"counters": counters, "incidents": incidents, "totals": totals}
+    scrape = scraped(server)
+    for name, value in {
+        "incident_lasts": 1, "incidents_total": 2, "reprefilled_tokens_total": 640, "reprefill_seconds_total": 1.5,
+    }.items():  # fmt: skip
+        kinds = scrape.by("kind", "sglang_hicache:" + name)
+        assert kinds == {"outage": value, "refusal": 0, "cold_start": 0}, name
+    verdicts = scrape.by("verdict", "sglang_hicache:gate_tokens_total", storage_backend="FileBackend")
+    assert verdicts == {"fetch": 0, "recompute": 128, "probe": 0}
+    # A value that only one of the two knows would be counted and never shown, or shown and never counted.
+    assert get_args(get_type_hints(wire.Incident)["kind"]) == INCIDENTS
+    assert get_args(get_type_hints(wire.FetchDecision)["verdict"]) == VERDICTS
 
 
 def test_every_reason_is_told_from_the_start_and_no_fault_makes_a_new_one(server: FakeServer) -> None:
