@@ -20,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 
+from sglang_hicache.private_file import write_private_blocking
 from sglang_hicache.storage.settings import Fault, Faults
 
 log = logging.getLogger(__name__)
@@ -53,8 +54,4 @@ class FaultControl:
 
 def write_faults(path: Path, faults: Mapping[str, Fault]) -> None:
     """Make the file say this, whole at every moment and for this user alone."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.unlink(missing_ok=True)  # of a writer with our id that was killed
-    with open(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-        file.write(msgspec.json.encode(Faults(faults=dict(faults))))
-    draft.replace(path)
+    write_private_blocking(path, msgspec.json.encode(Faults(faults=dict(faults))))

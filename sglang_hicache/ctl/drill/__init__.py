@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sglang_hicache.ctl.access import client_of
-from sglang_hicache.ctl.drill import report, scenario, session
+from sglang_hicache.ctl.drill import report, session
 from sglang_hicache.ctl.drill.progress import show, tell
 from sglang_hicache.ctl.drill.result import Result, Verdict
+from sglang_hicache.ctl.drill.scenario import Scenario
+from sglang_hicache.ctl.drill.scenario_file import read
 from sglang_hicache.ctl.drill.stream import StreamClient
 from sglang_hicache.ctl.exits import Exit
 from sglang_hicache.errors import UserError
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the drills and tell about them; the exit code."""
     # The saboteur's settings are checked here as the drill's own server checks them.
     os.environ[ALLOW_FAULTY_ENV] = "1"
-    scenarios = [scenario.read(path, is_short=args.short) for path in args.scenarios]
+    scenarios = [read(path, is_short=args.short) for path in args.scenarios]
     _check_names(scenarios)
     if args.i_mean_it and not args.url:
         raise UserError("--i-mean-it is for a server that is not the drill's own; name it with --url")
@@ -53,13 +55,13 @@ def run(args: argparse.Namespace) -> int:
     return _exit_of(results)
 
 
-def _check_names(scenarios: Sequence[scenario.Scenario]) -> None:
+def _check_names(scenarios: Sequence[Scenario]) -> None:
     names = [found.name for found in scenarios]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"two scenarios have the name {twice[0]!r}; their reports would be one file")
 
 
-def _run_own(scenarios: Sequence[scenario.Scenario]) -> list[Result]:
+def _run_own(scenarios: Sequence[Scenario]) -> list[Result]:
     """In a folder of their own, which is kept for whoever asks why a drill did not pass."""
     folder = Path(tempfile.mkdtemp(prefix="hicache-drill-"))
     results = session.run_all_own(scenarios, folder, tell)
@@ -68,7 +70,7 @@ def _run_own(scenarios: Sequence[scenario.Scenario]) -> list[Result]:
     return results
 
 
-def _run_foreign(scenarios: Sequence[scenario.Scenario], args: argparse.Namespace) -> list[Result]:
+def _run_foreign(scenarios: Sequence[Scenario], args: argparse.Namespace) -> list[Result]:
     client = client_of(args, StreamClient)
     if not args.i_mean_it:
         raise UserError(

@@ -66,7 +66,7 @@ def of_status(expect: ExpectTable, watch: Watch, site: Site) -> Iterator[Asserti
         was = all(state in rest for state in expect.breaker)
         yield _judged("breaker", was, f"{' -> '.join(path) or 'never seen'}; expected {' -> '.join(expect.breaker)}")
     if expect.trips is not None:
-        trips = watch.samples[-1].trips if watch.samples else 0
+        trips = watch.samples[-1].trips - watch.samples[0].trips if watch.samples else 0
         yield _judged("times that the breaker opened", trips <= expect.trips, f"{trips}; at most {expect.trips}")
     if expect.store is not None:
         status = site.status()

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from sglang_hicache.ctl.drill.stream import StreamClient
 from sglang_hicache.errors import HiCacheError
+from sglang_hicache.private_file import write_private_blocking
 from sglang_hicache.storage.registry import ALLOW_FAULTY_ENV
 
 #: The model is small and comes with the package; a server that is not there by then is broken, or the machine is.
@@ -43,8 +44,7 @@ class OwnServer:
         self._folder = folder
         self._key = secrets.token_urlsafe(24)
         key_file = folder / "admin.key"
-        with open(os.open(key_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-            file.write(self._key)
+        write_private_blocking(key_file, self._key.encode())
         self._command = [
             sys.executable, "-m", "sglang_hicache.launch_server", "--port", "0",
             "--admin-api-key-file", str(key_file), *flags,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -13,6 +12,7 @@ from sglang_hicache.ctl.drill.plots import pictures
 from sglang_hicache.ctl.drill.result import Result, Verdict
 from sglang_hicache.ctl.tables import printable
 from sglang_hicache.errors import UserError
+from sglang_hicache.private_file import write_private_blocking
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d1d1f; --paper: #fff; --faint: #8884; --good: #2e9e5b; --bad: #d64545;
@@ -41,17 +41,13 @@ def write(folder: Path, results: Sequence[Result]) -> list[Path]:
     """A page for each drill and one JUnit file for all; their paths."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        written = [_write(folder / f"{result.name}.html", page(result).encode()) for result in results]
-        return [*written, _write(folder / "junit.xml", junit(results))]
+        files = {folder / f"{result.name}.html": page(result).encode() for result in results}
+        files[folder / "junit.xml"] = junit(results)
+        for path, content in files.items():  # errors of requests and stores are nobody else's business
+            write_private_blocking(path, content)
+        return list(files)
     except OSError as error:
         raise UserError(f"the report cannot be written to {folder}: {error}") from error
-
-
-def _write(path: Path, content: bytes) -> Path:
-    """For this user alone: errors of requests and stores are nobody else's business."""
-    with open(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb") as file:
-        file.write(content)
-    return path
 
 
 def as_json(result: Result) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,7 @@ def own_stores(tables: Mapping[str, StoreTable], folder: Path, names: Mapping[st
             common = {key: config.pop(key) for key in COMMON_KEYS if key in config}
             backend, config = _SABOTEUR, common | {"inner": backend, "inner_config": config, "control": str(control)}
         if table.standby:
-            standby = [{"backend": made[other].backend, "extra_config": made[other].config} for other in table.standby]
-            config["fault_tolerance"] = config.get("fault_tolerance", {}) | {"standby": standby}
+            config = with_standbys(config, [(made[other].backend, made[other].config) for other in table.standby])
         made[name] = Store(name, backend, config, control)
     return made
 
@@ -149,6 +148,12 @@ def _check_config(name: str, scenario: Scenario, live: Store | None) -> None:
             f"the drill attaches the store {name!r}, which exists on the drill's own server only; leave out --url, or "
             "give the store a complete extra config, without `sabotaged` and `standby`"
         )
+
+
+def with_standbys(config: Mapping[str, Any], standbys: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """An extra config whose fault tolerance has these backends, with their configs, to fall back to."""
+    entries = [{"backend": backend, "extra_config": extra_config} for backend, extra_config in standbys]
+    return {**config, "fault_tolerance": {**config.get("fault_tolerance", {}), "standby": entries}}
 
 
 def _filled(value: Any, names: Mapping[str, str]) -> Any:
