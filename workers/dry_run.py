@@ -91,7 +91,8 @@ class DryRun:
             stack.callback(self._clean_up, backend)
             store = CheckedStore(backend, self._layout, shared)
             self._try(store, backend)
-            self._note(info=backend.info())
+            # A folder may have the value of a variable in its name that is nobody's business.
+            self._note(info={name: without_secrets(value) for name, value in backend.info().items()})
             self._measure(store, backend)
             self._measure_batch(store)
 

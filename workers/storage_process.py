@@ -153,7 +153,8 @@ class OpenStore:
 
     def info(self) -> dict[str, str]:
         """What status pages show."""
-        return self.backend.info() | ({"encryption": "aes-256-gcm"} if self.shared.cipher else {})
+        info = {name: without_secrets(value) for name, value in self.backend.info().items()}
+        return info | ({"encryption": "aes-256-gcm"} if self.shared.cipher else {})
 
     def stats(self) -> dict[str, int]:
         """Counters of this process, as far as a message carries them: some disks say that they have no end."""

@@ -183,6 +183,9 @@ def test_values_that_look_secret_stay_out_of_every_text(launcher: Launcher, tmp_
     trying = Trying(launcher(nodes(tmp_path)[0], ("TOKEN",)))
     trying.start("c", "file", {"file_storage_path": "/proc/${env.TOKEN}"})
     trying.end()
+    trying.start("d", "file", {"file_storage_path": f"{tmp_path}/${{env.TOKEN}}"})
+    trying.end()
+    assert trying.reports["d"].info["path"] == f"{tmp_path}/***"
     assert "east-secret" not in trying.reports["c"].reason
     assert "/proc/***" in trying.reports["c"].reason
 

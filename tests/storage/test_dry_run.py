@@ -110,6 +110,13 @@ class TestReport:
         assert "chmod go-w" in report.reason
         assert os.listdir(root) == []
 
+    def test_a_disk_without_room(self, root: Path, tmp_path: Path) -> None:
+        disk = os.statvfs(tmp_path)
+        config = {"file_storage_path": str(root), "min_free_space": disk.f_blocks * disk.f_frsize - 1}
+        report = dry_run("file", config, page_bytes=65536)
+        assert (report.failed_step, report.code) == ("write", "no_space")
+        assert "stay free" in report.reason and not root.exists()
+
     def test_encrypted_pages(self, root: Path, tmp_path: Path) -> None:
         key = tmp_path / "key"
         config = {"file_storage_path": str(root), "encryption": {"key_file": str(key)}}
