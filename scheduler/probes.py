@@ -8,6 +8,7 @@ killed: it is reported at once, and reaped whenever it ends.
 from __future__ import annotations
 
 import logging
+import signal
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +34,13 @@ _REMEMBERED = 1024
 
 #: A dry run is known by the id of its command, a canary by its number.
 Key = str | int
+
+_TOO_MANY = Diagnosis("other", f"{MOST_PROBES} dry runs are under way already; try again when one has ended")
+_CANCELLED = Diagnosis("cancelled", "the dry run was given up before it had ended")
+_HUNG = Diagnosis(
+    "hung",
+    "the store did not answer to the end in time, and the try was killed; check whether it hangs, or give more time",
+)
 
 _NOTHING_YET = wire.DryRunReport(failed_step="connect")
 
@@ -70,7 +78,7 @@ class Probes:
         """Begin; the report comes from `poll`, also where nothing could be begun."""
         self._known.append(key)
         if sum(isinstance(probe.key, type(key)) for probe in self._probes) >= MOST_PROBES:
-            self._fail(key, Diagnosis("other", f"{MOST_PROBES} dry runs are under way already; try again later"))
+            self._fail(key, _TOO_MANY)
             return
         self._number += 1
         try:
@@ -92,7 +100,7 @@ class Probes:
         """Give up; False if it has said what it found already."""
         for probe in self._probes:
             if probe.key == key and probe.deadline_us is not None:
-                self._give_up(probe, Diagnosis("cancelled", "the dry run was given up before it had ended"))
+                self._give_up(probe, _CANCELLED)
                 return True
         return False
 
@@ -104,9 +112,7 @@ class Probes:
                 self._hear(probe)  # its last words may have come after the first look
                 self._ended(probe, now_us)
             elif probe.deadline_us is not None and now_us >= probe.deadline_us:
-                self._give_up(probe, Diagnosis(
-                    "hung", "the store did not answer to the end in time, and the try was killed; check whether it "
-                    "hangs, or give more time"))  # fmt: skip
+                self._give_up(probe, _HUNG)
         reports, self._reports = self._reports, []
         return reports
 
@@ -114,8 +120,8 @@ class Probes:
         """When to look although nothing has arrived."""
         if self._reports:
             return 0
-        times = [at for p in self._probes for at in (p.deadline_us, p.hear_until_us) if at is not None]
-        return min(times, default=None)
+        times = [p.deadline_us if p.hear_until_us is None else p.hear_until_us for p in self._probes]
+        return min((at for at in times if at is not None), default=None)
 
     def close(self) -> None:
         """At the very end: nothing of what is left may outlive the rank."""
@@ -161,8 +167,9 @@ class Probes:
         self._probes.remove(probe)
         if probe.deadline_us is not None:
             how = f"signal {-status}" if status is not None and status < 0 else f"exit code {status}"
-            self._fail(probe.key, Diagnosis(
-                "crashed", f"the process of the try has ended without a word ({how}); look into its log"), probe.report)
+            code = "killed" if status == -signal.SIGKILL else "crashed"
+            why = Diagnosis(code, f"the process of the try has ended without a word ({how}); look into its log")
+            self._fail(probe.key, why, probe.report)
 
     def _unwatch_end(self, probe: _Probe) -> None:
         """It has been seen, and would wake the loop again and again."""

@@ -109,7 +109,7 @@ def test_good_bad_hung_and_crashed_stores_at_the_same_time(trying: Trying, tmp_p
     # On a machine that is busy enough it is not that far after three seconds; it is killed and told all the same.
     assert found.pop("hung")[1] == "hung"
     assert found == {
-        "good": ("", ""), "full": ("write", "no_space"), "crashed": ("exists", "crashed"),
+        "good": ("", ""), "full": ("write", "no_space"), "crashed": ("exists", "killed"),
         "one too many": ("connect", "other"),
     }  # fmt: skip
     assert trying.reports["good"].info["path"] == str(root)
