@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sglang_hicache.ctl import change, incidents, operations, status
+from sglang_hicache.ctl import audit, change, incidents, operations, status
 from sglang_hicache.ctl.access import add_command, add_common
 from sglang_hicache.ctl.console import Console
 from sglang_hicache.ctl.exits import Exit, OutcomeUnknown, Refused, Unreachable
@@ -70,7 +70,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     add_common(parser)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for room in (status, change, operations, incidents):
+    for room in (status, change, operations, incidents, audit):
         room.add_commands(commands)
     drills = add_command(commands, "drill", None, "run a scenario of load, faults and changes, and judge it")
     if "drill" in argv:
