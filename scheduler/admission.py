@@ -73,7 +73,7 @@ class Admission:
         extends = [share for share in shares if share.request.state is RequestState.EXTENDING]
         left = sum(len(r.tokens) - r.computed for r in self.running if r.state is RequestState.EXTENDING)
         tokens = sum(share.tokens for share in extends)
-        self._prefetcher.gate.computes(
+        self._prefetcher.waits.gate.computes(
             tokens, decodes=len(shares) - len(extends), samples=any(share.is_last for share in shares),
             left_tokens=left - tokens,
         )

@@ -21,7 +21,17 @@ from sglang_hicache.config import PREFETCH_POLICIES, WRITE_POLICIES
 from sglang_hicache.errors import UserError
 from sglang_hicache.scheduler.failover import Failover
 from sglang_hicache.storage import registry
-from sglang_hicache.storage.attachment_events import Answer, Attach, Cancel, Cleared, Detach, State, Switch, Verdict
+from sglang_hicache.storage.attachment_events import (
+    GIVEN_UP,
+    Answer,
+    Attach,
+    Cancel,
+    Cleared,
+    Detach,
+    State,
+    Switch,
+    Verdict,
+)
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +118,7 @@ class Commands:
         try:
             self._check_attach(command)
         except UserError as error:
+            self._tiers.attach_failed(command.backend, str(error))
             self._answer(command.id, False, str(error))
             return
         is_attached = slot.face() is State.ATTACHED
@@ -180,7 +191,10 @@ class Commands:
             self._apply_policies(command)
             self._answer(answer.command_id, True, f"Storage backend '{name}' attached successfully.{self._drains()}")
         else:
-            self._answer(answer.command_id, False, f"Failed to attach storage backend '{name}': {answer.detail}")
+            why = f"Failed to attach storage backend '{name}': {answer.detail}"
+            if answer.detail not in GIVEN_UP:
+                self._tiers.attach_failed(name, why)
+            self._answer(answer.command_id, False, why)
         self._failover.attach_ended(command, answer)
 
     def _drains(self) -> str:
@@ -206,6 +220,7 @@ class Commands:
         if self._tiers.slot.gate() is not None:
             self._ending.add(command_id)
         self._failover.detach_begins()
+        self._tiers.incidents.given_up(self._tiers.slot.now_us)
         self._tiers.carry_out(self._tiers.slot.handle(Detach(command_id, due_us)))
 
     def _detached(self, answer: Answer) -> None:

@@ -95,7 +95,7 @@ class SchedulerCore:
             self.tiers.controller, self.tiers.backup, config.pool.page_size, config.cache.reuse_prefixes
         )
         self.admission = Admission(config, self.waiting, self._pages, self.tiers.prefetcher, self.tiers.slot)
-        served = Served()
+        served = Served(self.tiers)
         self._results = Results(config.model, self.admission, self._pages, self.longest_tokens, served)
         self.update = WeightsUpdate(rank, config.model, self.tiers, self.waiting, self.admission, self._digest)
         self.failover = Failover(
@@ -117,8 +117,7 @@ class SchedulerCore:
         """Take one plan.  The caller carries the effects out and, if there is a batch, calls `apply_results`."""
         self.tick = plan.number
         self.status.begin(plan)
-        self.tiers.ops.now_us = self.tiers.slot.now_us = plan.now_us
-        self.tiers.prefetcher.begin_tick(plan.now_us, plan.forward_us)
+        self.tiers.begin_tick(plan.now_us, plan.forward_us)
         effects = Effects()
         for outcome in plan.storage:
             self.tiers.storage_outcome(outcome)
@@ -160,6 +159,7 @@ class SchedulerCore:
         self._answer_slot()
         self.news.look()
         effects.news = self.news.take()
+        self.tiers.heard(effects.news)
         update = self.update.take_effects()
         effects.weights = update.instructions
         effects.answers, self.commands.answers = self.commands.answers + update.answers, []

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from sglang_hicache import wire
 from sglang_hicache.cache.measures import PROMPT_TOKENS, Histogram
+from sglang_hicache.cache.tiers import Tiers
 from sglang_hicache.scheduler.request import Request
 
 
 class Served:
     """Counts since the start of the server.  Health probes are nobody's load."""
 
-    def __init__(self) -> None:
+    def __init__(self, tiers: Tiers) -> None:
+        self._tiers = tiers
         self._counts = {
             "prompt_tokens": 0, "generation_tokens": 0,
             "cached_device_tokens": 0, "cached_host_tokens": 0, "cached_storage_tokens": 0,
@@ -41,6 +43,7 @@ class Served:
         ):  # fmt: skip
             self._counts[name] += tokens
         self._uncached.observe(request.prompt_tokens - total)
+        self._tiers.prompt_complete(request.seed, request.tokens[: request.prompt_tokens], total)
         if tick != self._tick:
             self._tick, self._latest = tick, [0, 0]
         self._latest[0] += request.prompt_tokens

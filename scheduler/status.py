@@ -96,6 +96,7 @@ class RankStatus:
             lost_tokens={str(reason): tokens for reason, tokens in tiers.backup.books.lost.items()},
             why=why(tiers, now_us, breaker),
             breaker=breaker,
+            incidents=tiers.incidents.snapshot(now_us),
             histograms=self._tiers.measures.snapshot() | self._served.histograms(),
             load=self._load(),
             places=self._places(),
@@ -121,7 +122,8 @@ class RankStatus:
 
     def _counters(self) -> dict[str, int]:
         cache = {f"cache_{name}_tokens": n for name, n in self._tiers.controller.counters.items()}
-        return self._storage_counters() | cache | self._served.counters() | {"ticks": self._tick}
+        found = self._storage_counters() | cache | self._served.counters() | self._tiers.incidents.counters
+        return found | {"ticks": self._tick}
 
     def _load(self) -> dict[str, int]:
         ops, controller = self._tiers.ops, self._tiers.controller

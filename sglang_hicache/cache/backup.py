@@ -26,6 +26,7 @@ from collections import deque
 from sglang_hicache.cache.backup_books import Books
 from sglang_hicache.cache.backup_line import BackupLine, Turn, Waiting
 from sglang_hicache.cache.controller import CacheController
+from sglang_hicache.cache.known_pages import KnownPages
 from sglang_hicache.cache.loss import Loss
 from sglang_hicache.cache.storage_ops import StorageOps
 from sglang_hicache.cache.tree import Node, Watcher
@@ -38,10 +39,13 @@ MAX_QUEUED = 16384
 class BackupQueue(Watcher):
     """Nodes that wait to be written."""
 
-    def __init__(self, controller: CacheController, storage: StorageOps, page_size: int) -> None:
+    def __init__(
+        self, controller: CacheController, storage: StorageOps, known: KnownPages, page_size: int
+    ) -> None:
         self._controller = controller
         self._tree = controller.tree
         self._storage = storage
+        self.known = known
         #: What is stored now is marked with this: (epoch, store generation); None: storage is off.
         self.tag: tuple[int, int] | None = None
         self.line = BackupLine()
@@ -156,6 +160,8 @@ class BackupQueue(Watcher):
         self.line.remove(node)
         self.books.written(node)
         node.stored = tag
+        if tag == self.tag:
+            self.known.add(self._tree.keys_of(node))
         self._offer(node, entry.is_upload)  # the store that has it may be another one than the present
         self._release(node, entry.is_upload)
 

@@ -194,12 +194,13 @@ class CostGate:
         """Of a request that lacks so many tokens, while so many are being read for others."""
         compute_us, lookup_us = self.compute_us(tokens), self._lookup_us
         if compute_us is None or lookup_us is None:
-            missing = "prefill" if compute_us is None else "storage"
-            return wire.FetchDecision(verdict="fetch", reason=f"the rate of {missing} is not measured yet", tokens=tokens)
+            reason = f"the rate of {'prefill' if compute_us is None else 'storage'} is not measured yet"
+            return wire.FetchDecision(verdict="fetch", reason=reason, tokens=tokens)
         fetch_us = lookup_us + (self._reads.took_us(ahead + tokens) if self._reads.is_known else 0)
         objection = self._objection(tokens, fetch_us, lookup_us)
         is_due = self._probed_us is None or now_us - self._probed_us >= PROBE_US
         is_probe = bool(objection) and may_probe and is_due
+        self._probed_us = now_us if is_probe else self._probed_us
         self._digest.mix(71, tokens, ahead, bool(objection), is_probe)
         return wire.FetchDecision(
             verdict="probe" if is_probe else "recompute" if objection else "fetch",
@@ -218,10 +219,6 @@ class CostGate:
         if fetch_us >= queued_us:
             return f"fetching takes {_ms(fetch_us)}, computing with what is before it {_ms(queued_us)}"
         return ""
-
-    def probed(self, now_us: int) -> None:
-        """A probe has begun."""
-        self._probed_us = now_us
 
     def compute_us(self, tokens: int) -> int | None:
         """How long so many tokens of a prompt take; None: not measured yet."""

@@ -31,8 +31,6 @@ class Prefetch:
     start_page: int
     keys: list[bytes]
     op: Op
-    #: Leader's clock when the look-up counts as a miss.
-    lookup_deadline_us: int
     phase: PrefetchPhase = PrefetchPhase.LOOKUP
     #: Leader's clock when the request was first held back by this prefetch.
     blocked_since_us: int | None = None
@@ -42,6 +40,8 @@ class Prefetch:
     read_by_us: int | None = None
     #: It took longer than anybody waits.
     is_late: bool = False
+    #: Nobody waits for it.
+    is_probe: bool = False
     #: Pages of the span that are now in the tree because storage had them, and the backend that had them.
     published: int = 0
     backend: str = ""

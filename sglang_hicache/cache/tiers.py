@@ -18,11 +18,13 @@ from sglang_hicache.cache.cost_gate import CostGate
 from sglang_hicache.cache.digest import StateDigest
 from sglang_hicache.cache.evict import EvictionPolicy
 from sglang_hicache.cache.evidence import Evidence
+from sglang_hicache.cache.incidents import Incidents
 from sglang_hicache.cache.loss import Loss
 from sglang_hicache.cache.measures import Measures
 from sglang_hicache.cache.op import COPIES, WRITES, Op, OpKind, OpPhase, OpTable
 from sglang_hicache.cache.pools import PageAllocator
 from sglang_hicache.cache.prefetch import Prefetcher
+from sglang_hicache.cache.prefetch_waits import Waits
 from sglang_hicache.cache.quarantine import Quarantine
 from sglang_hicache.cache.storage_ops import StorageOps
 from sglang_hicache.cache.tree import PrefixTree
@@ -77,17 +79,25 @@ class Tiers:
         )
         self.storage = StorageOps(self.slot, self.ops, config.storage.op_timeout_s)
         limits = Limits.of(config)
-        self.backup = BackupQueue(self.controller, self.storage, pool.page_size)
-        self.writer = BackupWriter(self.backup, self.controller, self.storage, limits)
         timeout_s = config.storage.lookup_timeout_s
         self.gate = CostGate(digest, config.scheduler.chunked_prefill_size, int(timeout_s * 1e6))
+        self.incidents = Incidents(self.gate, pool.page_size, config.storage.backend)
+        self.backup = BackupQueue(self.controller, self.storage, self.incidents.known, pool.page_size)
+        self.writer = BackupWriter(self.backup, self.controller, self.storage, limits)
         self.prefetcher = Prefetcher(
-            self.controller, self.storage, self.backup, self.gate, pool.page_size, cache.prefetch_policy, timeout_s
+            self.controller, self.storage, self.backup, Waits(self.gate, pool.page_size, timeout_s), pool.page_size,
+            cache.prefetch_policy,
         )
         self._driver: list[Spawn | Stop | Kill] = []
         self._answers: list[Answer] = []
 
     # -------------------------------------------------------------------------------- outcomes of a plan
+
+    def begin_tick(self, now_us: int, forward_us: int) -> None:
+        """Before anything of a plan is applied: its clock, and how long the forward before it took."""
+        self.ops.now_us = self.slot.now_us = now_us
+        self.prefetcher.begin_tick(now_us, forward_us)
+        self.incidents.begin_tick(now_us)
 
     def storage_outcome(self, outcome: wire.StorageOutcome) -> None:
         self.carry_out(self.slot.handle(outcome))
@@ -125,6 +135,7 @@ class Tiers:
         """Do what the attachment machine asks of the cache; keep the rest for the driver and the desk."""
         if self.backup.follow():
             self._attached()
+        self.incidents.cleared(self.slot.generation)
         for instruction in instructions:
             match instruction:
                 case Answer():
@@ -191,6 +202,22 @@ class Tiers:
         """Uploads are no blockers, but nothing can be emptied under them.  False: some are still being written, and
         end soon."""
         return self.writer.stop_uploads([op for op in self.ops if op.kind is OpKind.UPLOAD])
+
+    # ----------------------------------------------------------------------------------------- for the books
+
+    def heard(self, news: list[wire.StorageNews]) -> None:
+        """What has become of the slot in this tick."""
+        for item in news:
+            self.incidents.heard(item, self.slot.generation, self.slot.now_us)
+
+    def prompt_complete(self, seed: bytes, prompt: list[int], cached_tokens: int) -> None:
+        """A request has its first token; so many tokens of its prompt were not computed."""
+        self.incidents.prompt_computed(seed, prompt, cached_tokens, self.prefetcher.threshold_pages)
+
+    def attach_failed(self, backend: str, why: str) -> None:
+        """An attach that somebody asked for did not come to be."""
+        if self.controller.host is not None and self.slot.gate() is None:
+            self.incidents.attach_failed(backend, why, self.slot.now_us)
 
     # --------------------------------------------------------------------------------------- the tick's end
 

@@ -63,6 +63,9 @@ class Verdict(enum.Enum):
 #: With this begins the id of every change that no command has brought, but the server itself.
 AUTOMATIC = "auto-"
 
+#: Why an attachment did not come to be that somebody has given up: no failure of anything.
+GIVEN_UP = (DETACHED, CANCELLED) = ("given up by a detach", "cancelled")
+
 # ------------------------------------------------------------------------------------------------ events
 
 

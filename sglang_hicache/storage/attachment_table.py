@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from sglang_hicache.storage.attachment_events import (
+    CANCELLED,
+    DETACHED,
     Answer,
     Attach,
     Cancel,
@@ -121,11 +123,11 @@ def _detach_attached(slot: StorageSlot, attachment: StorageAttachment, event: De
 
 def _detach_opening(slot: StorageSlot, attachment: StorageAttachment, event: Detach) -> Iterator[Instruction]:
     yield from _wait(slot, attachment, event)
-    yield from _give_up(attachment, "given up by a detach")
+    yield from _give_up(attachment, DETACHED)
 
 
 def _cancel_opening(_: StorageSlot, attachment: StorageAttachment, __: Cancel) -> Iterator[Instruction]:
-    yield from _give_up(attachment, "cancelled")
+    yield from _give_up(attachment, CANCELLED)
 
 
 def _nothing_to_cancel(_: StorageSlot, __: StorageAttachment | None, ___: Cancel) -> Iterator[Instruction]:

@@ -142,11 +142,11 @@ def test_fm19_an_abort_during_the_prefetch_gives_everything_back() -> None:
         world.ranks[0].storage[1].step()
         world.ranks[1].storage[1].step()
     prefetcher = world.ranks[0].core.tiers.prefetcher
-    assert prefetcher.is_waiting(rid) and prefetcher._occupied_pages
+    assert prefetcher.is_waiting(rid) and prefetcher.occupied_pages
     world.leader.add_abort(rid)
     world.settle()
     world.check()
-    assert not prefetcher._occupied_pages and not len(prefetcher)
+    assert not prefetcher.occupied_pages and not prefetcher._by_rid
 
 
 def test_fm23_pages_of_a_timed_out_prefetch_are_reused_only_after_the_writer_let_go() -> None:
@@ -279,7 +279,7 @@ def test_fm47_a_miss_takes_no_host_memory_and_counts_as_no_prefetch() -> None:
     assert core.tiers.ops.counts() == {"lookup": 1} and core.tiers.controller.host.free_count == free
     world.settle()
     assert cached(world, rid).storage == 0
-    assert core.tiers.prefetcher.counters["hit"] == 0 and not core.tiers.prefetcher._occupied_pages
+    assert core.tiers.prefetcher.counters["hit"] == 0 and not core.tiers.prefetcher.occupied_pages
 
 
 def _make_running(world: World) -> None:
