@@ -67,6 +67,7 @@ def _last_line(root: Path, *arguments: str) -> str:
 
 
 def test_test_script_hands_its_arguments_to_pytest(copy_with_a_space: Path) -> None:
-    assert _last_line(copy_with_a_space) == "-m|pytest|"
-    assert _last_line(copy_with_a_space, "-k", "a b") == "-m|pytest|-k|a b|"
-    assert _last_line(copy_with_a_space, "--long", "-x") == "-m|pytest|-m||-x|"
+    always = "-m|pytest|-n|2|--dist|loadfile|--no-loadscope-reorder|"
+    assert _last_line(copy_with_a_space) == always
+    assert _last_line(copy_with_a_space, "-k", "a b", "-n", "0") == f"{always}-k|a b|-n|0|"
+    assert _last_line(copy_with_a_space, "--long", "-x") == f"{always}-m||-x|"
