@@ -122,6 +122,13 @@ class Server:
         cached = {tier: details.get(tier, 0) for tier in ("device", "host", "storage")}
         return Answer((first or ended) - started, ended - started, meta["completion_tokens"], cached)
 
+    def admin(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The JSON, or the text, of an answer to the operator."""
+        response = self._client.request(method, path, json=body, headers=self._admin)
+        if response.status_code != 200:
+            raise SystemExit(f"{method} {path} answered {response.status_code}: {response.text}")
+        return response.json() if "json" in response.headers["content-type"] else response.text
+
     def flush(self) -> None:
         """Empties device and host; storage keeps what it has."""
         response = self._client.post("/flush_cache", params={"timeout": "30"}, headers=self._admin)
