@@ -90,6 +90,8 @@ class GenerateBody(RequestBody, frozen=True, kw_only=True):
     #: Another one, chosen per tenant.
     cache_salt: str | None = None
     priority: int | None = None
+    #: Adds what was decided about storage, and why, to `cached_tokens_details`.
+    return_cached_tokens_details: bool | None = None
 
     # Hints that change no answer: accepted and not used.
     session_id: str | None = None

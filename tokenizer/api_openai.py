@@ -42,7 +42,7 @@ class OpenAIBody(RequestBody, frozen=True, kw_only=True):
     cache_salt: str | None = None
     priority: int | None = None
     session_id: str | None = None
-    #: Adds `sglext.cached_tokens_details` to the answer.
+    #: Adds `sglext.cached_tokens_details` to the answer, with what was decided about storage, and why.
     return_cached_tokens_details: bool | None = None
 
     # Not supported yet: see UNSUPPORTED_OPENAI.

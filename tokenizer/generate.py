@@ -92,13 +92,13 @@ class NativeRoutes:
         submissions, several = await self._submissions(body)
         group = self._services.requests.submit(submissions)
         if body.stream:
-            return EventStream(group, _events(group, several))
+            return EventStream(group, _events(group, several, body))
         async with group:
             streams = await unless_disconnected(request, group.finished())
         for stream in streams:
             if stream.finish.status_code:
                 raise Aborted(stream.finish)
-        answers = [_answer_of(stream) for stream in streams]
+        answers = [_answer_of(stream, body) for stream in streams]
         return JsonReply(answers if several else answers[0])
 
     async def _submissions(self, body: GenerateBody) -> tuple[list[Submission], bool]:
@@ -147,19 +147,20 @@ def _one_each(name: str, value: Any, count: int) -> list[Any]:
     return value
 
 
-async def _events(group: RequestGroup, several: bool) -> AsyncIterator[bytes]:
+async def _events(group: RequestGroup, several: bool, body: GenerateBody) -> AsyncIterator[bytes]:
     """Each event carries the whole text so far, as clients of this route expect."""
     async for increment in group.increments():
         stream = group.streams[increment.index]
         if increment.finish is not None and increment.finish.status_code:
             yield _stream_error(increment.finish.message, increment.finish.status_code)
             continue
-        answer = _answer_of(stream)
+        answer = _answer_of(stream, body)
         yield event(answer | {"index": increment.index} if several else answer)
     yield DONE
 
 
-def _answer_of(stream: RequestStream) -> dict[str, Any]:
+def _answer_of(stream: RequestStream, body: GenerateBody) -> dict[str, Any]:
+    fetch = stream.fetch if body.return_cached_tokens_details else None
     return {
         "text": stream.text,
         "output_ids": stream.token_ids,
@@ -169,7 +170,7 @@ def _answer_of(stream: RequestStream) -> dict[str, Any]:
             "prompt_tokens": stream.prompt_tokens,
             "completion_tokens": len(stream.token_ids),
             "cached_tokens": cached_tokens(stream.cached),
-            "cached_tokens_details": cached_tokens_details(stream.cached),
+            "cached_tokens_details": cached_tokens_details(stream.cached, fetch),
             "weight_version": stream.weight_version,
             "num_retractions": stream.num_retractions,
             "e2e_latency": stream.e2e_latency_s,

@@ -23,6 +23,7 @@ from sglang_hicache.wire import (
     FIRST_WEIGHT_VERSION,
     AbortRequest,
     CachedTokens,
+    FetchDecision,
     FinishReason,
     NewRequest,
     OutputBatch,
@@ -81,6 +82,8 @@ class RequestStream:
         self.token_ids: list[int] = []
         self.finish: FinishReason | None = None
         self.cached = CachedTokens()
+        #: What was decided about storage; None: there was nothing to decide.
+        self.fetch: FetchDecision | None = None
         self.num_retractions = 0
         #: What the weights are called that computed the latest output.
         self.weight_version = FIRST_WEIGHT_VERSION
@@ -106,6 +109,7 @@ class RequestStream:
         self.token_ids.extend(output.token_ids)
         self.finish = output.finish
         self.cached = output.cached
+        self.fetch = output.fetch or self.fetch
         self.num_retractions = output.num_retractions
         self._ended_s = time.monotonic()
 

@@ -243,5 +243,5 @@ def _ending(finish: FinishReason | None) -> dict[str, Any]:
 def _sglext(body: OpenAIBody, streams: Iterable[RequestStream]) -> dict[str, Any]:
     if not body.return_cached_tokens_details:
         return {}
-    details = [cached_tokens_details(stream.cached) for stream in streams]
+    details = [cached_tokens_details(stream.cached, stream.fetch) for stream in streams]
     return {"sglext": {"cached_tokens_details": details[0] if len(details) == 1 else details}}

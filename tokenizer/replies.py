@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sglang_hicache.tokenizer.manager import RequestGroup
-from sglang_hicache.wire import CachedTokens, FinishReason
+from sglang_hicache.wire import CachedTokens, FetchDecision, FinishReason
 
 Value = TypeVar("Value")
 
@@ -69,15 +69,17 @@ def cached_tokens(cached: CachedTokens) -> int:
     return cached.device + cached.host + cached.storage
 
 
-def cached_tokens_details(cached: CachedTokens) -> dict[str, Any] | None:
-    """The same by tier; None when nothing was cached."""
-    if not cached_tokens(cached):
+def cached_tokens_details(cached: CachedTokens, fetch: FetchDecision | None = None) -> dict[str, Any] | None:
+    """The same by tier, and for whoever wants to know it what was decided about storage; None: nothing to tell."""
+    if not cached_tokens(cached) and fetch is None:
         return None
     details: dict[str, Any] = {"device": cached.device, "host": cached.host}
     if cached.storage or cached.storage_backend:
         details["storage"] = cached.storage
     if cached.storage_backend:
         details["storage_backend"] = cached.storage_backend
+    if fetch is not None:
+        details["storage_decision"] = msgspec.structs.asdict(fetch)
     return details
 
 

@@ -142,6 +142,29 @@ def test_details_without_storage_have_two_tiers(server: FakeServer) -> None:
     assert post(server, text="a").json()["meta_info"]["cached_tokens_details"] == {"device": 64, "host": 0}
 
 
+FETCH = wire.FetchDecision(verdict="probe", reason="slow", tokens=512, fetch_s=0.5, recompute_s=0.25, waited_s=0.0)
+
+
+def decided(request: wire.NewRequest) -> list[wire.RequestOutput]:
+    """The decision comes with the first token only."""
+    end = wire.RequestOutput(rid=request.rid, token_ids=(65,), finish=wire.FinishReason(type="length"))
+    return [wire.RequestOutput(rid=request.rid, token_ids=(65,), fetch=FETCH), end]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_decision_about_storage_on_request(server: FakeServer, stream: bool) -> None:
+    server.generate = decided
+    told = []
+    for asks in (False, True):
+        reply = post(server, text="a", stream=stream, return_cached_tokens_details=asks)
+        answer = events(reply.text)[-1] if stream else reply.json()
+        told.append(answer["meta_info"]["cached_tokens_details"])
+    decision = {
+        "verdict": "probe", "reason": "slow", "tokens": 512, "fetch_s": 0.5, "recompute_s": 0.25, "waited_s": 0.0,
+    }  # fmt: skip
+    assert told == [None, {"device": 0, "host": 0, "storage_decision": decision}]
+
+
 def test_stop_string_is_cut_off(server: FakeServer) -> None:
     first, second = server.ids("one tw"), server.ids("o three")
     finish = wire.FinishReason(type="stop", matched=" two")

@@ -136,6 +136,11 @@ def test_cached_tokens_details_on_request(server: FakeServer) -> None:
     assert "sglext" not in chat(server).json()
     details = chat(server, return_cached_tokens_details=True).json()["sglext"]["cached_tokens_details"]
     assert details == {"device": 64, "host": 0}
+    fetch = wire.FetchDecision(verdict="fetch", reason="known to be quick", tokens=512)
+    end = wire.FinishReason(type="length")
+    server.generate = lambda request: [wire.RequestOutput(rid=request.rid, token_ids=(65,), finish=end, fetch=fetch)]
+    details = chat(server, return_cached_tokens_details=True).json()["sglext"]["cached_tokens_details"]
+    assert details["storage_decision"]["verdict"] == "fetch" and details["storage_decision"]["tokens"] == 512
 
 
 def test_cache_namespace_and_priority_reach_the_wire(server: FakeServer) -> None:
