@@ -94,6 +94,10 @@ class StorageConfig(_Record, kw_only=True):
     drain_timeout_s: float = 30.0
     #: Seconds that work under way may take to end when a change of the storage is forced.
     force_timeout_s: float = 1.0
+    #: The server is ready without the storage of its start, which is tried again until it opens.
+    is_optional: bool = False
+    #: File that keeps what was attached over HTTP, and brings it back at the next start; "" for none.
+    state_file: str = ""
     #: Seconds after which a look-up counts as a miss.
     lookup_timeout_s: float = 0.05
     #: Seconds after which a read or write that has not closed makes its storage process LOST.
@@ -138,6 +142,8 @@ class HttpConfig(_Record, kw_only=True):
     ssl_keyfile: str = ""
     #: A larger request body is refused with 413.
     max_body_bytes: int = 32 * 1024 * 1024
+    #: File that every change of the server is written to, with who made it; "" for none.
+    audit_log: str = ""
     #: cached_tokens appear in the usage of the OpenAI routes.
     cache_report: bool = False
     #: /metrics answers; without it the route says that metrics are off.

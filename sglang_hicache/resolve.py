@@ -108,6 +108,13 @@ def _check_exclusions(args: argparse.Namespace) -> None:
         raise UserError("--file-storage-path belongs to --hicache-storage-backend file; add that, or leave it out")
     if args.hicache_storage_backend_extra_config is not None and not args.hicache_storage_backend:
         raise UserError("--hicache-storage-backend-extra-config needs --hicache-storage-backend")
+    if args.hicache_state_file and not args.enable_hierarchical_cache:
+        raise UserError("--hicache-state-file keeps what is attached, and so needs --enable-hierarchical-cache")
+    if args.hicache_storage_optional and not (args.hicache_storage_backend or args.hicache_state_file):
+        raise UserError(
+            "--hicache-storage-optional needs a storage that may be missing: --hicache-storage-backend, or a "
+            "--hicache-state-file that can bring one back"
+        )
     if args.hicache_config_dir and not Path(args.hicache_config_dir).is_dir():
         raise UserError(f"--hicache-config-dir {args.hicache_config_dir!r} is no directory")
 
@@ -205,10 +212,22 @@ def _storage(args: argparse.Namespace) -> StorageConfig:
         attach_timeout_s=args.hicache_storage_attach_timeout,
         drain_timeout_s=args.hicache_storage_drain_timeout,
         force_timeout_s=args.hicache_force_timeout,
+        is_optional=args.hicache_storage_optional,
+        state_file=_kept_file("--hicache-state-file", args.hicache_state_file),
         lookup_timeout_s=args.hicache_storage_lookup_timeout,
         op_timeout_s=args.hicache_storage_op_timeout,
         upload_rate_mib=args.hicache_upload_rate,
     )
+
+
+def _kept_file(flag: str, path: str) -> str:
+    """A file that the server writes: its folder must be there, as nobody would look for it where a typing error led."""
+    if not path:
+        return ""
+    found = Path(os.path.abspath(path))
+    if not found.parent.is_dir() or found.is_dir():
+        raise UserError(f"{flag} {path!r} must be a file in a folder that exists")
+    return str(found)
 
 
 def _with_file_path(extra: str, path: str) -> str:
@@ -241,6 +260,7 @@ def _http(args: argparse.Namespace, environment: Mapping[str, str], rewrites: li
         ssl_certfile=args.ssl_certfile,
         ssl_keyfile=args.ssl_keyfile,
         max_body_bytes=args.max_body_bytes,
+        audit_log=_kept_file("--hicache-audit-log", args.hicache_audit_log),
         cache_report=args.enable_cache_report,
         enable_metrics=args.enable_metrics,
         drain_timeout_s=args.shutdown_drain_timeout,

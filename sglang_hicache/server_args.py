@@ -145,6 +145,10 @@ def _storage(parser: argparse.ArgumentParser) -> None:
         help="over HTTP, @file is read only below this folder; default: not at all")  # fmt: skip
     add("--hicache-config-env", default="", metavar="NAME,NAME",
         help="variables that an extra config may use as ${env.NAME} (default: none)")  # fmt: skip
+    add("--hicache-storage-optional", action="store_true",
+        help="serve without the storage of the start if it does not open, and go on trying")  # fmt: skip
+    add("--hicache-state-file", default="", metavar="FILE",
+        help="keeps what was attached over HTTP; at the next start it wins over --hicache-storage-backend")  # fmt: skip
     add("--hicache-storage-attach-timeout", type=_seconds, default=30.0, metavar="SECONDS",
         help="to start, open and test the storage on every rank (default: 30)")  # fmt: skip
     add("--hicache-storage-drain-timeout", type=_seconds, default=30.0, metavar="SECONDS",
@@ -174,6 +178,8 @@ def _http(parser: argparse.ArgumentParser) -> None:
     add("--ssl-keyfile", default="", metavar="PEM", help="private key of the certificate")
     add("--enable-metrics", action="store_true",
         help="GET /metrics, for Prometheus: it needs no key and shows no secret")  # fmt: skip
+    add("--hicache-audit-log", default="", metavar="FILE",
+        help="who changed what and when, in lines that nobody changes unnoticed; its key: FILE.key")  # fmt: skip
     add("--max-body-bytes", type=_whole(1), default=32 * 1024 * 1024, metavar="N",
         help="a larger request body is refused with 413 (default: 33554432, 32 MiB)")  # fmt: skip
     add("--shutdown-drain-timeout", type=_seconds, default=30.0, metavar="SECONDS",

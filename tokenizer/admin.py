@@ -60,42 +60,42 @@ class AdminRoutes:
 
     async def attach(self, request: Request) -> Response:
         """PUT /hicache/storage-backend: attach, switch, or try out."""
-        if refusal := admin_gate(self._services):
+        if refusal := admin_gate(self._services, request, "attach"):
             return refusal
         try:
             body = decode_body(await request.body(), AttachBody)
             self._check_enabled()
             order = attach_order(body, self._services.config.storage)
         except (UserError, Unavailable, ClientDisconnect) as error:
-            return _refused(error, ATTACH_FAILED)
+            return self._refused(request, "attach", error, ATTACH_FAILED)
         if body.is_async:
-            return self._accepted(order)
+            return self._accepted(request, order)
         if isinstance(order, DryRunStorage):
-            return _found_out(await self._control.run(order))
-        return await self._told(order, "HiCache storage backend attached.", ATTACH_FAILED)
+            return _found_out(await self._run(request, order))
+        return _words(await self._run(request, order), "HiCache storage backend attached.", ATTACH_FAILED)
 
     async def detach(self, request: Request) -> Response:
         """DELETE /hicache/storage-backend."""
-        if refusal := admin_gate(self._services):
+        if refusal := admin_gate(self._services, request, "detach"):
             return refusal
         try:
             body = detach_body(request.query_params, await request.body())
             self._check_enabled()
             order = detach_order(body, self._services.config.storage)
         except (UserError, Unavailable, ClientDisconnect) as error:
-            return _refused(error, DETACH_FAILED)
+            return self._refused(request, "detach", error, DETACH_FAILED)
         if body.is_async:
-            return self._accepted(order)
-        return await self._told(order, "HiCache storage backend detached.", DETACH_FAILED)
+            return self._accepted(request, order)
+        return _words(await self._run(request, order), "HiCache storage backend detached.", DETACH_FAILED)
 
     async def clear(self, request: Request) -> Response:
         """POST /hicache/storage-backend/clear.  The reply of a failure says so, unlike the reference's."""
         try:
             self._check_enabled()
         except (UserError, Unavailable) as error:
-            return _refused(error, CLEAR_FAILED)
+            return self._refused(request, "clear", error, CLEAR_FAILED)
         order = ClearStorage(id=new_id(), deadline_s=self._services.config.storage.drain_timeout_s)
-        operation = await self._control.run(order)
+        operation = await self._run(request, order)
         if operation.state is State.SUCCEEDED:
             return _of(operation, text_reply("Hierarchical cache storage backend cleared."))
         return _words(operation, "", CLEAR_FAILED)
@@ -107,46 +107,50 @@ class AdminRoutes:
             timeout_s = _flush_timeout(request.query_params.get("timeout", "0"))
             keep_storage = flag("keep_storage", request.query_params.get("keep_storage", "true"))
         except (UserError, Unavailable) as error:
-            return _refused(error, "")
+            return self._refused(request, "flush", error, "")
         clear_s = 0.0 if keep_storage else self._services.config.storage.drain_timeout_s
         deadline_s = timeout_s + FLUSH_DEADLINE_S + clear_s
         order = FlushCache(id=new_id(), deadline_s=deadline_s, timeout_s=timeout_s, keep_storage=keep_storage)
         failure = "Failed to flush the cache." if keep_storage else "Failed to flush the cache and clear the storage."
-        return await self._told(order, "Cache flushed.", failure)
+        return _words(await self._run(request, order), "Cache flushed.", failure)
 
     def _check_enabled(self) -> None:
         self._services.lifecycle.check()
         if not self._services.config.cache.hierarchical:
             raise UserError(NOT_ENABLED)
 
-    async def _told(self, order: Order, success: str, failure: str) -> Response:
-        return _words(await self._control.run(order), success, failure)
+    def _refused(self, request: Request, change: str, error: Exception, failure: str) -> Response:
+        """What never became a command.  Of a body that cannot be decoded existing clients expect the OpenAI form."""
+        trail = self._control.trail
+        trail.refused(trail.caller(request.scope), change, str(error) or "the client hung up")
+        match error:
+            case ClientDisconnect():
+                return Response(status_code=400)
+            case MalformedBody():
+                return openai_error(str(error), 400, kind="Bad Request")
+        status_code = 503 if isinstance(error, Unavailable) else 400
+        return text_reply(f"{failure}\n{error}" if failure else str(error), status_code)
 
-    def _accepted(self, order: Order) -> Response:
+    async def _run(self, request: Request, order: Order) -> Operation:
+        return await self._control.run(order, self._control.trail.caller(request.scope))
+
+    def _accepted(self, request: Request, order: Order) -> Response:
         """The form for callers who do not wait."""
-        operation = self._control.begin(order)
+        operation = self._control.begin(order, self._control.trail.caller(request.scope))
         url = f"/hicache/operations/{operation.id}"
         reply = JsonReply({"operation_id": operation.id, "status_url": url}, 202)
         reply.headers["Location"] = url
         return _of(operation, reply)
 
 
-def admin_gate(services: Services) -> Response | None:
+def admin_gate(services: Services, request: Request, change: str = "") -> Response | None:
     """Beyond the matrix: without an admin key these routes are closed, not open to everybody."""
     if services.config.http.admin_api_key:
         return None
+    if change:
+        trail = services.control.trail
+        trail.refused(trail.caller(request.scope), change, NEEDS_ADMIN_KEY)
     return JsonReply({"error": NEEDS_ADMIN_KEY}, 400)
-
-
-def _refused(error: Exception, failure: str) -> Response:
-    """What never became a command.  Of a body that cannot be decoded existing clients expect the OpenAI form."""
-    match error:
-        case ClientDisconnect():
-            return Response(status_code=400)
-        case MalformedBody():
-            return openai_error(str(error), 400, kind="Bad Request")
-    status_code = 503 if isinstance(error, Unavailable) else 400
-    return text_reply(f"{failure}\n{error}" if failure else str(error), status_code)
 
 
 def _words(operation: Operation, success: str, failure: str) -> Response:

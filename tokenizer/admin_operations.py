@@ -24,31 +24,32 @@ class OperationRoutes:
 
     async def operations(self, request: Request) -> Response:
         """GET /hicache/operations: the latest, newest first."""
-        if refusal := admin_gate(self._services):
+        if refusal := admin_gate(self._services, request):
             return refusal
         return JsonReply({"operations": [each.told() for each in self._services.control.operations.latest()]})
 
     async def operation(self, request: Request) -> Response:
         """GET /hicache/operations/{id}."""
-        if refusal := admin_gate(self._services):
+        if refusal := admin_gate(self._services, request):
             return refusal
         found = self._find(request)
         return found if isinstance(found, Response) else JsonReply(found.told())
 
     async def cancel(self, request: Request) -> Response:
         """DELETE /hicache/operations/{id}: give it up, as far as that does no harm."""
-        if refusal := admin_gate(self._services):
+        if refusal := admin_gate(self._services, request, "cancel"):
             return refusal
         target = self._find(request)
         if isinstance(target, Response):
             return target
+        control = self._services.control
+        caller = control.trail.caller(request.scope)
         try:
             self._services.lifecycle.check()
-            cancel = await self._services.control.cancel(target)
-        except NotCancellable as error:
-            return _error(str(error), 409)
-        except Unavailable as error:
-            return _error(str(error), 503)
+            cancel = await control.cancel(target, caller)
+        except (NotCancellable, Unavailable) as error:
+            control.trail.refused(caller, "cancel", str(error))
+            return _error(str(error), 409 if isinstance(error, NotCancellable) else 503)
         content = {
             "cancelled": cancel.state is State.SUCCEEDED,
             "message": cancel.message,

@@ -35,14 +35,22 @@ class StorageStatusRoutes:
 
     async def status(self, request: Request) -> Response:
         """GET /hicache/storage-backend: four keys that clients know, and what each rank says of itself."""
-        if refusal := admin_gate(self._services):
+        if refusal := admin_gate(self._services, request):
             return refusal
-        running = [operation.told() for operation in self._services.control.operations.running()]
-        return JsonReply(await self.live_status() | {"operation": running})
+        control = self._services.control
+        audit, state_file = control.trail.told, control.state_file
+        more = {
+            "startup": self._services.startup.told,
+            "operation": [operation.told() for operation in control.operations.running()],
+            "audit": audit,
+            "audit_head": audit and audit["head"],
+            "state_file": {"error": state_file.error or None} if state_file else None,
+        }
+        return JsonReply(await self.live_status() | more)
 
     async def incidents(self, request: Request) -> Response:
         """GET /hicache/incidents: what outages, refusals and a cold start have cost, oldest first."""
-        if refusal := admin_gate(self._services):
+        if refusal := admin_gate(self._services, request):
             return refusal
         voice = _voice(await self._services.desk.status())
         if voice is None:

@@ -71,9 +71,18 @@ def bearer_token(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
 class AuthMiddleware:
     """Asks the matrix about every HTTP request."""
 
-    def __init__(self, app: ASGIApp, level_of: Callable[[Scope], AuthLevel], api_key: str, admin_api_key: str) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        level_of: Callable[[Scope], AuthLevel],
+        api_key: str,
+        admin_api_key: str,
+        refused: Callable[[Scope, str], None],
+    ) -> None:
         self._app = app
         self._level_of = level_of
+        #: Hears of everybody who is sent away.
+        self._refused = refused
         self._api_key = api_key.encode()
         self._admin_api_key = admin_api_key.encode()
 
@@ -81,6 +90,7 @@ class AuthMiddleware:
         if scope["type"] == "http":
             answer = self._judge(scope)
             if answer is not Verdict.ALLOWED:
+                self._refused(scope, f"{answer.value} {_REFUSALS[answer]}")
                 refusal = JSONResponse({"error": _REFUSALS[answer]}, status_code=answer.value)
                 await refusal(scope, receive, send)
                 return

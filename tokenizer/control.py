@@ -1,4 +1,4 @@
-"""Every command to the ranks goes through here: it becomes an operation, whoever gave it.
+"""Every command to the ranks goes through here: it becomes an operation, whoever gave it, and is told to the audit log.
 
 Belongs to the event loop of the tokenizer process.  An operation is a task of its own: it goes on when its caller hangs
 up, or never wanted to wait.
@@ -12,9 +12,11 @@ import functools
 import logging
 
 from sglang_hicache.errors import UserError
-from sglang_hicache.tokenizer.operations import Operation, Operations, State
+from sglang_hicache.tokenizer.operations import SERVER, Caller, Operation, Operations, State
 from sglang_hicache.tokenizer.ranks_desk import Order, Outcome, RanksDesk, new_id
-from sglang_hicache.wire import CancelCommand
+from sglang_hicache.tokenizer.state_file import StateFile
+from sglang_hicache.tokenizer.trail import Trail
+from sglang_hicache.wire import AttachStorage, CancelCommand, DetachStorage, StorageNews
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +26,9 @@ CANCEL_DEADLINE_S = 10.0
 #: Longest that the answer to a cancel waits for the end of what it has cancelled.
 GIVEN_UP_S = 1.0
 
+#: How news say that a command has caused them.
+_BY_COMMAND = "command "
+
 
 class NotCancellable(UserError):
     """The operation cannot be given up any more, or never could."""
@@ -32,35 +37,38 @@ class NotCancellable(UserError):
 class Control:
     """Carries operations out, and remembers them."""
 
-    def __init__(self, desk: RanksDesk) -> None:
+    def __init__(self, desk: RanksDesk, trail: Trail, state_file: StateFile | None = None) -> None:
         self._desk = desk
+        self.trail = trail
+        self.state_file = state_file
         self.operations = Operations()
         #: The loop itself holds its tasks only weakly.
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def begin(self, order: Order) -> Operation:
+    def begin(self, order: Order, caller: Caller = SERVER) -> Operation:
         """Give a command to the ranks."""
-        operation = Operation(order)
+        operation = Operation(order, caller)
         self.operations.add(operation)
         task = asyncio.get_running_loop().create_task(self._carry_out(operation))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return operation
 
-    async def run(self, order: Order) -> Operation:
+    async def run(self, order: Order, caller: Caller = SERVER) -> Operation:
         """The same, and wait until it has ended."""
-        operation = self.begin(order)
+        operation = self.begin(order, caller)
         await operation.ended.wait()
         return operation
 
-    async def cancel(self, target: Operation) -> Operation:
+    async def cancel(self, target: Operation, caller: Caller) -> Operation:
         """Try to give an operation up; a second try while the first is under way is the first."""
         if target.kind == "cancel":
             raise NotCancellable(f"operation {target.id} is itself a cancel, which takes no time to give up")
         if target.state is not State.RUNNING:
             raise NotCancellable(f"operation {target.id} has ended already: it is {target.state.value}")
         if target.cancel is None or target.cancel.state not in (State.RUNNING, State.SUCCEEDED):
-            target.cancel = self.begin(CancelCommand(id=new_id(), deadline_s=CANCEL_DEADLINE_S, target=target.id))
+            order = CancelCommand(id=new_id(), deadline_s=CANCEL_DEADLINE_S, target=target.id)
+            target.cancel = self.begin(order, caller)
         cancel = target.cancel
         await cancel.ended.wait()
         if cancel.state is State.SUCCEEDED:
@@ -69,12 +77,32 @@ class Control:
                 await asyncio.wait_for(target.ended.wait(), GIVEN_UP_S)
         return cancel
 
+    def news(self, news: StorageNews) -> None:
+        """Another storage is attached than before, or none.  What a command has done, its operation tells."""
+        is_by_command = news.cause.startswith(_BY_COMMAND)
+        self.trail.news(news, is_by_command=is_by_command)
+        if self.state_file is not None:
+            operation = self.operations.get(news.cause.removeprefix(_BY_COMMAND)) if is_by_command else None
+            self.state_file.news(news, is_wanted=operation is not None and operation.caller is not SERVER)
+
+    async def close(self) -> None:
+        """The server ends: what it has done is on the disk."""
+        if self.state_file is not None:
+            await self.state_file.close()
+        await self.trail.close()
+
     async def _carry_out(self, operation: Operation) -> None:
-        outcome = await self._desk.command(operation.order, functools.partial(self._ended_late, operation))
-        if operation.cancel is not None:
-            # Whether it failed or was cancelled is what the other one knows, and its answers are on the way.
-            await operation.cancel.ended.wait()
-        self._ended(operation, outcome)
+        try:
+            await self.trail.began(operation)
+            outcome = await self._desk.command(operation.order, functools.partial(self._ended_late, operation))
+            if operation.cancel is not None:
+                # Whether it failed or was cancelled is what the other one knows, and its answers are on the way.
+                await operation.cancel.ended.wait()
+            self._ended(operation, outcome)
+            if self.state_file is not None:
+                await self.state_file.settled()
+        finally:
+            operation.ended.set()
 
     def _ended_late(self, operation: Operation, outcome: Outcome) -> None:
         log.info("the outcome is known after all", extra={"command": operation.id})
@@ -82,3 +110,7 @@ class Control:
 
     def _ended(self, operation: Operation, outcome: Outcome) -> None:
         operation.end(outcome)
+        self.trail.ended(operation)
+        is_wanted = operation.state is State.SUCCEEDED and operation.caller is not SERVER
+        if self.state_file is not None and is_wanted and isinstance(operation.order, AttachStorage | DetachStorage):
+            self.state_file.succeeded(operation.order)

@@ -107,7 +107,7 @@ def route_table(services: Services) -> list[RouteSpec]:
         RouteSpec(("/model_info", "/get_model_info"), (GET,), info.model_info, "Facts about the model"),
         RouteSpec(
             ("/update_weights_from_disk",), (POST,), weights.update_from_disk, "Serve other weights", optional,
-            UpdateWeightsBody,
+            UpdateWeightsBody, change="update_weights",
         ),  # fmt: skip
         *_storage_routes(services),
     ]
@@ -122,18 +122,23 @@ def _storage_routes(services: Services) -> list[RouteSpec]:
     return [
         RouteSpec(
             ("/flush_cache",), (GET, POST), admin.flush_cache, "Empty L1 and L2, and L3 if asked", optional,
+            change="flush",
             query={"timeout": _SECONDS | {"default": 0}, "keep_storage": {"type": "boolean", "default": True}},
         ),  # fmt: skip
-        RouteSpec(backend, (PUT,), admin.attach, "Attach a storage, switch to it, or try it out", optional, AttachBody),
+        RouteSpec(
+            backend, (PUT,), admin.attach, "Attach a storage, switch to it, or try it out", optional, AttachBody,
+            change="attach",
+        ),  # fmt: skip
         RouteSpec(backend, (GET,), storage.status, "What is attached, by rank", optional),
         RouteSpec(
             backend, (DELETE,), admin.detach, "Detach the storage", optional, DetachBody, is_body_optional=True,
+            change="detach",
             query={"mode": _MODE, "timeout_s": _SECONDS, "force": _FLAG, "async": _FLAG},
         ),  # fmt: skip
-        RouteSpec(clear, (POST,), admin.clear, "Delete this server's pages from the storage", optional),
+        RouteSpec(clear, (POST,), admin.clear, "Delete this server's pages from the storage", optional, change="clear"),
         RouteSpec(("/hicache/operations",), (GET,), operations.operations, "The latest operations", optional),
         RouteSpec(operation, (GET,), operations.operation, "One operation", optional),
-        RouteSpec(operation, (DELETE,), operations.cancel, "Give an operation up", optional),
+        RouteSpec(operation, (DELETE,), operations.cancel, "Give an operation up", optional, change="cancel"),
         RouteSpec(("/hicache/incidents",), (GET,), storage.incidents, "What outages have cost", optional),
         RouteSpec(("/get_hicache_l3_cache_layout",), (GET,), storage.l3_layout, "Object layout of the storage"),
     ]
@@ -150,28 +155,53 @@ def build_app(services: Services) -> Starlette:
     specs.append(RouteSpec(("/openapi.json",), (GET,), openapi, "This document"))
     if not services.config.http.enable_metrics:
         specs.append(RouteSpec(("/metrics",), (GET,), metrics_off, "How to switch metrics on"))
-    routes = [(Route(path, spec.endpoint, methods=spec.methods), spec.level) for spec in specs for path in spec.paths]
+    book = _RouteBook(specs)
+    trail, keys = services.control.trail, services.config.http
 
-    def level_of(scope: Scope) -> AuthLevel:
-        # A path that exists with other methods only (405) keeps the level of the path.
-        partial = AuthLevel.NORMAL
-        for route, level in routes:
-            match, _ = route.matches(scope)
-            if match is Match.FULL:
-                return level
-            if match is Match.PARTIAL:
-                partial = level
-        return partial
+    def refused(scope: Scope, why: str) -> None:
+        spec = book.find(scope)
+        if spec is not None and spec.change:
+            trail.refused(trail.caller(scope), spec.change, why)
 
-    keys = services.config.http
     return Starlette(
-        routes=[route for route, _ in routes],
+        routes=[route for route, _ in book.routes],
         middleware=[
-            Middleware(AuthMiddleware, level_of=level_of, api_key=keys.api_key, admin_api_key=keys.admin_api_key),
+            Middleware(
+                AuthMiddleware,
+                level_of=book.level_of,
+                api_key=keys.api_key,
+                admin_api_key=keys.admin_api_key,
+                refused=refused,
+            ),
             Middleware(BodyLimit, most_bytes=keys.max_body_bytes),
         ],
         exception_handlers={HTTPException: _http_error, Exception: _defect},
     )
+
+
+class _RouteBook:
+    """Which route a request is for, before the router has been asked."""
+
+    def __init__(self, specs: list[RouteSpec]) -> None:
+        self.routes = [
+            (Route(path, spec.endpoint, methods=spec.methods), spec) for spec in specs for path in spec.paths
+        ]
+
+    def find(self, scope: Scope) -> RouteSpec | None:
+        """The route; for a path that exists with other methods only (405) one of those."""
+        partial = None
+        for route, spec in self.routes:
+            match, _ = route.matches(scope)
+            if match is Match.FULL:
+                return spec
+            if match is Match.PARTIAL:
+                partial = spec
+        return partial
+
+    def level_of(self, scope: Scope) -> AuthLevel:
+        """A path that no route knows needs the ordinary key."""
+        spec = self.find(scope)
+        return spec.level if spec is not None else AuthLevel.NORMAL
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:

@@ -48,11 +48,32 @@ class State(enum.Enum):
 _STATE_OF = {Result.SUCCEEDED: State.SUCCEEDED, Result.FAILED: State.FAILED, Result.UNKNOWN: State.UNKNOWN}
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who gave a command."""
+
+    #: Fingerprint of one of the server's keys; "unknown": another one; "none"; "server": the server itself.
+    key: str
+    #: Of the connection: what a proxy says of others is not asked.
+    address: str | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Has a key of this server."""
+        return self.key not in ("unknown", "none")
+
+
+SERVER = Caller("server")
+
+
 @dataclass(slots=True, eq=False)
 class Operation:
     """One command, from the moment it was given until all ranks have answered."""
 
     order: Order
+    caller: Caller = SERVER
+    #: What it is about to change, as the audit log tells it.
+    before: dict[str, str] | None = None
     state: State = State.RUNNING
     message: str = ""
     answers: dict[int, CommandAnswer] = field(default_factory=dict)
@@ -61,7 +82,7 @@ class Operation:
     took_s: float | None = None
     #: The one that tries to give this one up.
     cancel: Operation | None = None
-    #: No longer running: its caller can be told.
+    #: Its caller can be told: it no longer runs, and what is kept of it is kept.
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     _began_clock_s: float = field(default_factory=time.monotonic)
 
@@ -106,7 +127,6 @@ class Operation:
             self.state = State.CANCELLED
         self.message, self.answers = without_secrets(outcome.message), outcome.answers
         self.took_s = time.monotonic() - self._began_clock_s
-        self.ended.set()
 
     def told(self) -> dict[str, Any]:
         """As JSON shows it."""

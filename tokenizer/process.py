@@ -19,9 +19,10 @@ from collections.abc import Awaitable, Iterator
 import uvicorn
 import uvloop
 
+from sglang_hicache.audit import AuditLog
 from sglang_hicache.child import Child
 from sglang_hicache.config import HttpConfig, ServerConfig
-from sglang_hicache.errors import HiCacheError, UserError
+from sglang_hicache.errors import UserError
 from sglang_hicache.sockets import Pull, Push, ipc_address
 from sglang_hicache.tokenizer.control import Control
 from sglang_hicache.tokenizer.http import build_app
@@ -31,8 +32,11 @@ from sglang_hicache.tokenizer.manager import RequestManager
 from sglang_hicache.tokenizer.operations import State
 from sglang_hicache.tokenizer.ranks_desk import RanksDesk, new_id
 from sglang_hicache.tokenizer.services import Lifecycle, Phase, Services
+from sglang_hicache.tokenizer.startup import CannotStart, Startup, attach_at_start, startup_blocking
+from sglang_hicache.tokenizer.state_file import StateFile
 from sglang_hicache.tokenizer.text import TextCodec
-from sglang_hicache.wire import AttachStorage, CommandAnswer, DetachStorage, FromRank, OutputBatch, StatusAnswer, ToRank
+from sglang_hicache.tokenizer.trail import Trail
+from sglang_hicache.wire import CommandAnswer, DetachStorage, FromRank, OutputBatch, StatusAnswer, StorageNews, ToRank
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +55,6 @@ CLOSE_TIMEOUT_S = 2
 CUT_OFF = "the server was stopped before the request had finished; send it again"
 
 
-class CannotStart(HiCacheError):
-    """The server cannot serve what it was configured to serve."""
-
-
 class RankSockets:
     """The sockets between this process and the ranks."""
 
@@ -64,9 +64,9 @@ class RankSockets:
             Push(ipc_address(config.run_dir, f"to_rank_{rank}"), ToRank, bind=False) for rank in range(config.tp_size)
         ]
 
-    def listen(self, requests: RequestManager, desk: RanksDesk) -> None:
+    def listen(self, requests: RequestManager, desk: RanksDesk, control: Control) -> None:
         """Route what arrives, from now on, on the running event loop."""
-        drain = functools.partial(self._drain, requests, desk)
+        drain = functools.partial(self._drain, requests, desk, control)
         asyncio.get_running_loop().add_reader(self._inbox.fd, drain)
         # The descriptor is edge triggered: what came before the line above will not announce itself again.
         drain()
@@ -78,7 +78,7 @@ class RankSockets:
         for port in self.to_ranks:
             port.close()
 
-    def _drain(self, requests: RequestManager, desk: RanksDesk) -> None:
+    def _drain(self, requests: RequestManager, desk: RanksDesk, control: Control) -> None:
         messages = self._inbox.receive_all()
         if messages:
             requests.heard()
@@ -88,6 +88,8 @@ class RankSockets:
                     requests.deliver(message)
                 case CommandAnswer() | StatusAnswer():
                     desk.deliver(message)
+                case StorageNews():
+                    control.news(message)
 
 
 class StopSignals:
@@ -122,20 +124,37 @@ async def _run(child: Child) -> int:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.received)
     config = child.config
     sockets = RankSockets(config)
+    control: Control | None = None
     try:
         codec = TextCodec(config.model)
         requests = RequestManager(sockets.to_ranks[0], codec.tokenizer_path)
         desk = RanksDesk(sockets.to_ranks)
         lifecycle = Lifecycle(lambda: child.heartbeat.state)
-        services = Services(config, codec, Intake(config, codec), requests, desk, Control(desk), lifecycle)
-        sockets.listen(requests, desk)
+        control, startup = open_control(config, desk)
+        services = Services(config, codec, Intake(config, codec), requests, desk, control, startup, lifecycle)
+        sockets.listen(requests, desk, control)
         return await _serve(child, services, stop)
     except (CannotStart, UserError) as error:
         log.error("cannot start: %s", error)
         child.failed(str(error))
         return EXIT_CANNOT_START
     finally:
+        if control is not None:
+            await control.close()
         sockets.close()
+
+
+def open_control(config: ServerConfig, desk: RanksDesk) -> tuple[Control, Startup]:
+    """What is kept on disk of changes: opened before the first of them."""
+    startup, kept = startup_blocking(config)
+    audit = AuditLog(config.http.audit_log) if config.http.audit_log else None
+    trail = Trail(audit, config)
+    if audit is not None:
+        log.info("audit log %s, head %s", config.http.audit_log, audit.head)
+        wanted = startup.told
+        trail.started(**{name: wanted[name] for name in ("source", "backend", "extra_config", "warning")})
+    state_file = StateFile(config.storage.state_file, kept) if config.storage.state_file else None
+    return Control(desk, trail, state_file), startup
 
 
 async def _serve(child: Child, services: Services, signals: StopSignals) -> int:
@@ -146,7 +165,8 @@ async def _serve(child: Child, services: Services, signals: StopSignals) -> int:
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     try:
         stop = signals.stop
-        if await _before(stop, services.desk.wait_ready()) and await _before(stop, attach_at_start(services)):
+        are_ready = await _before(stop, services.desk.wait_ready())
+        if are_ready and await _before(stop, attach_at_start(services.control, services.startup)):
             services.lifecycle.phase = Phase.SERVING
             child.ready(str(port))
             log.info("listening on %s:%d", config.http.host, port)
@@ -157,24 +177,6 @@ async def _serve(child: Child, services: Services, signals: StopSignals) -> int:
         server.should_exit = True
         await serving
         listener.close()
-
-
-async def attach_at_start(services: Services) -> None:
-    """The storage of the command line, attached the way an operator would do it later."""
-    storage = services.config.storage
-    if not storage.backend:
-        return
-    attach = await services.control.run(
-        AttachStorage(
-            id=new_id(),
-            deadline_s=storage.attach_timeout_s,
-            backend=storage.backend,
-            extra_config_json=storage.extra_config_json,
-        )
-    )
-    if attach.state is not State.SUCCEEDED:
-        raise CannotStart(f"storage backend {storage.backend!r} could not be attached: {attach.message}")
-    log.info("storage backend %s attached: %s", storage.backend, attach.message)
 
 
 async def stop_in_order(services: Services, hurry: asyncio.Event) -> int:

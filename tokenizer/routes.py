@@ -31,5 +31,7 @@ class RouteSpec:
     body: type[RequestBody] | None = None
     #: All fields of the body have defaults, and so has the body.
     is_body_optional: bool = False
+    #: What it changes, in the words of the audit log; "": nothing that an operator would want to know of.
+    change: str = ""
     #: Query parameters and their JSON schemas.
     query: Mapping[str, dict[str, Any]] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from sglang_hicache.tokenizer.control import Control
 from sglang_hicache.tokenizer.intake import Intake
 from sglang_hicache.tokenizer.manager import RequestManager, Unavailable
 from sglang_hicache.tokenizer.ranks_desk import RanksDesk
+from sglang_hicache.tokenizer.startup import Startup
 from sglang_hicache.tokenizer.text import TextCodec
 
 
@@ -67,4 +68,5 @@ class Services:
     requests: RequestManager
     desk: RanksDesk
     control: Control
+    startup: Startup
     lifecycle: Lifecycle

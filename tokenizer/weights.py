@@ -59,6 +59,7 @@ class WeightsRoutes:
         try:
             body = decode_body(await request.body(), UpdateWeightsBody)
         except MalformedBody as error:
+            self._refused(request, str(error), 400)
             return openai_error(str(error), 400, kind="Bad Request")
         except ClientDisconnect:
             return Response(status_code=400)
@@ -66,16 +67,21 @@ class WeightsRoutes:
             self._services.lifecycle.check()
             self._check(body)
             directory, digest = await self._look(body.model_path)
-            operation = await self._update(body, directory, digest)
+            operation = await self._update(request, body, directory, digest)
         except (UserError, OSError) as error:
-            return _reply(False, f"The weights were not updated: {error}", 400)
+            return self._refused(request, f"The weights were not updated: {error}", 400)
         except Unavailable as error:
-            return _reply(False, str(error), 503)
+            return self._refused(request, str(error), 503)
         log.info("%s", operation.message, extra={"command": operation.id})
         paused = max((answer.paused_requests for answer in operation.answers.values()), default=0)
         reply = _reply(operation.state is State.SUCCEEDED, operation.message, STATUS[operation.state], paused)
         reply.headers[OPERATION_HEADER] = operation.id
         return reply
+
+    def _refused(self, request: Request, why: str, status_code: int) -> Response:
+        trail = self._services.control.trail
+        trail.refused(trail.caller(request.scope), "update_weights", why)
+        return _reply(False, why, status_code)
 
     @staticmethod
     def _check(body: UpdateWeightsBody) -> None:
@@ -125,17 +131,17 @@ class WeightsRoutes:
                 f"and {free_gib:.1f} GiB are free ({found.bound}); free some, or restart the server with the new model"
             )
 
-    async def _update(self, body: UpdateWeightsBody, directory: str, digest: str) -> Operation:
-        return await self._services.control.run(
-            UpdateWeights(
-                id=new_id(),
-                deadline_s=self._services.config.scheduler.weights_update_timeout_s,
-                model_path=directory,
-                weights_digest=digest,
-                weight_version=body.weight_version,
-                aborts_requests=body.abort_all_requests,
-            )
+    async def _update(self, request: Request, body: UpdateWeightsBody, directory: str, digest: str) -> Operation:
+        control = self._services.control
+        order = UpdateWeights(
+            id=new_id(),
+            deadline_s=self._services.config.scheduler.weights_update_timeout_s,
+            model_path=directory,
+            weights_digest=digest,
+            weight_version=body.weight_version,
+            aborts_requests=body.abort_all_requests,
         )
+        return await control.run(order, control.trail.caller(request.scope))
 
 
 def _differs(name: str, there: dict[str, Any], here: dict[str, Any]) -> bool:

@@ -27,10 +27,10 @@ from sglang_hicache.config import (
     StorageConfig,
 )
 from sglang_hicache.heartbeat import ServerState
-from sglang_hicache.tokenizer.control import Control
 from sglang_hicache.tokenizer.http import build_app
 from sglang_hicache.tokenizer.intake import Intake
 from sglang_hicache.tokenizer.manager import RequestManager
+from sglang_hicache.tokenizer.process import open_control
 from sglang_hicache.tokenizer.ranks_desk import RanksDesk
 from sglang_hicache.tokenizer.services import Lifecycle, Phase, Services
 from sglang_hicache.tokenizer.text import TextCodec
@@ -116,15 +116,18 @@ class FakeServer:
         self.state = ServerState.READY
         self.lifecycle = Lifecycle(lambda: self.state)
         self.lifecycle.phase = Phase.SERVING
-        self.control = Control(self.desk)
+        self.control, startup = open_control(config, self.desk)
         intake = Intake(config, codec)
-        self.app = build_app(Services(config, codec, intake, self.requests, self.desk, self.control, self.lifecycle))
+        self.app = build_app(
+            Services(config, codec, intake, self.requests, self.desk, self.control, startup, self.lifecycle)
+        )
         self._runner = asyncio.Runner()
         self._client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://test")
 
     def close(self) -> None:
         """Close the client and the event loop."""
         self._runner.run(self._client.aclose())
+        self._runner.run(self.control.close())
         self._runner.close()
 
     def run(self, work: Any) -> Any:

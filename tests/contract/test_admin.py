@@ -242,6 +242,8 @@ def test_status_is_the_ranks_truth(server: FakeServer) -> None:
     config = json.loads(status.pop("hicache_storage_backend_extra_config"))
     assert config == {"password": "***", "nested": {"access_key": "***"}, "prefetch_threshold": 7}
     assert status.pop("breaker")["state"] == "off" and status.pop("operation") == []
+    assert status.pop("startup")["backend"] is None
+    assert {status.pop(name) for name in ("audit", "audit_head", "state_file")} == {None}
     assert status == {
         "hicache_storage_backend": "file",
         "hicache_storage_prefetch_policy": "timeout",

@@ -76,7 +76,7 @@ def test_forbidden_has_its_own_body(serve: Callable[..., FakeServer]) -> None:
     async def send(message: Any) -> None:
         messages.append(message)
 
-    middleware = AuthMiddleware(lambda *_: None, lambda scope: AuthLevel.ADMIN_FORCE, "", "")
+    middleware = AuthMiddleware(lambda *_: None, lambda scope: AuthLevel.ADMIN_FORCE, "", "", lambda *_: None)
     scope = {"type": "http", "method": "GET", "path": "/x", "headers": []}
     server.run(middleware(scope, receive, send))
     assert messages[0]["status"] == 403

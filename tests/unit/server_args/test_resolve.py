@@ -26,7 +26,8 @@ def test_flags_arrive_in_the_records(resolved, model_dir, tmp_path):
         "--hicache-config-dir", str(tmp_path), "--log-format", "json", "--served-model-name", "mine",
         "--context-length", "100", "--dtype", "float", "--enable-deterministic-inference",
         "--chunked-prefill-size", "64", "--hicache-upload-rate", "0", "--weights-update-timeout", "8",
-        "--hicache-force-timeout", "0.5", "--hicache-config-env", "SITE, POD_NAME",
+        "--hicache-force-timeout", "0.5", "--hicache-config-env", "SITE, POD_NAME", "--hicache-storage-optional",
+        "--hicache-state-file", f"{tmp_path}/state", "--hicache-audit-log", f"{tmp_path}/audit",
     ).config  # fmt: skip
     model, cache, storage, scheduler, http = config.model, config.cache, config.storage, config.scheduler, config.http
     assert (config.tp_size, config.pool.page_size, config.pool.device_tokens) == (2, 16, 1600)
@@ -36,6 +37,8 @@ def test_flags_arrive_in_the_records(resolved, model_dir, tmp_path):
     assert (cache.hierarchical, cache.write_policy, cache.prefetch_policy) == (True, "write_back", "best_effort")
     assert (cache.eviction_policy, cache.protected_threshold, cache.reuse_prefixes) == ("slru", 4, True)
     assert (storage.backend, storage.extra_config_json, storage.config_dir) == ("file", "{}", str(tmp_path))
+    assert (storage.is_optional, storage.state_file) == (True, f"{tmp_path}/state")
+    assert http.audit_log == f"{tmp_path}/audit"
     assert storage.config_env == ("SITE", "POD_NAME")
     assert (storage.attach_timeout_s, storage.drain_timeout_s, storage.force_timeout_s) == (1, 2, 0.5)
     assert (storage.lookup_timeout_s, storage.op_timeout_s, storage.upload_rate_mib) == (3, 4, 0)
@@ -64,6 +67,11 @@ def test_flags_arrive_in_the_records(resolved, model_dir, tmp_path):
           "--hicache-storage-backend-extra-config", '{"x": 1}'], ["'x'", "file_storage_path"]),
         (["--enable-hicache", "--hicache-storage-backend", "file", "--hicache-storage-backend-extra-config",
           '{"file_storage_path": "/a"}', "--file-storage-path", "/b"], ["/a", "/b"]),
+        (["--hicache-state-file", "/tmp/state"], ["needs --enable-hierarchical-cache"]),
+        (["--enable-hicache", "--hicache-storage-optional"], ["--hicache-storage-backend", "--hicache-state-file"]),
+        (["--enable-hicache", "--hicache-state-file", "/no/such/folder/state"], ["/no/such/folder/state"]),
+        (["--hicache-audit-log", "/no/such/folder/audit"], ["--hicache-audit-log", "folder that exists"]),
+        (["--hicache-audit-log", "/tmp"], ["'/tmp'"]),
         (["--hicache-config-dir", "/no/such/folder"], ["/no/such/folder"]),
         (["--enable-hicache", "--hicache-storage-backend", "file", "--file-storage-path", "/x/${env.HOME}",
           "--hicache-config-env", "SITE"], ["${env.HOME}", "SITE", "--hicache-config-env"]),

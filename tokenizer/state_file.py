@@ -1,0 +1,147 @@
+"""What an operator has attached over HTTP, kept in a file so that a restart brings it back.
+
+Belongs to the event loop of the tokenizer process; a helper thread writes.  The file says what was wanted, not what
+there is: what fault tolerance does by itself, the attach of the command line and the detach of a shutdown are none of
+its business.  It holds the extra config as it was given, so it is for nobody else's eyes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from pathlib import Path
+
+import msgspec
+
+from sglang_hicache.audit import utc
+from sglang_hicache.errors import UserError
+from sglang_hicache.private_file import NotPrivate, read_private_blocking, write_private_blocking
+from sglang_hicache.wire import AttachStorage, DetachStorage, StorageNews
+
+log = logging.getLogger(__name__)
+
+#: More than any state file has.
+_MOST_BYTES = 1 << 20
+
+#: Seconds between two tries to write.
+RETRY_S = 5.0
+
+#: Seconds that the answer to a change waits for the file.
+SETTLE_S = 0.5
+
+
+class Kept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The content of the file."""
+
+    #: Of this form.  A server that does not know it sets the file aside.
+    version: int = 1
+    #: "": detached.
+    backend: str
+    extra_config_json: str = "{}"
+    #: None: what the command line says.
+    prefetch_policy: str | None = None
+    write_policy: str | None = None
+    #: When it was written, for people.
+    saved: str = ""
+
+
+def read_blocking(path: str) -> Kept | None:
+    """What was kept; None: nothing yet.  UserError: it cannot be used."""
+    if not Path(path).exists():
+        return None
+    try:
+        kept = msgspec.json.decode(read_private_blocking(path, _MOST_BYTES), type=Kept)
+    except NotPrivate as error:
+        raise UserError(f"it {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        # Without the reason: it may quote what is inside.
+        raise UserError("it is damaged, or no state file of this server") from None
+    if kept.version != 1:
+        raise UserError(f"it has version {kept.version}, and this server knows version 1")
+    return kept
+
+
+def set_aside_blocking(path: str) -> str:
+    """Move a file that cannot be used out of the way; its new name, or why it is where it was."""
+    aside = Path(f"{path}.unusable-{time.strftime('%Y%m%d-%H%M%S')}")
+    try:
+        Path(path).rename(aside)
+    except OSError as error:
+        return f"it cannot be moved away ({error.strerror})"
+    return f"it is {aside} now"
+
+
+class StateFile:
+    """Writes the file, the newest state only, whenever it changes."""
+
+    def __init__(self, path: str, kept: Kept | None) -> None:
+        self._path = Path(path)
+        self._kept = kept
+        #: What is attached, whoever wanted it.
+        self._attached: StorageNews | None = None
+        self._writing: asyncio.Task[None] | None = None
+        #: Why the newest state is not in the file; "" when it is.
+        self.error = ""
+
+    def __repr__(self) -> str:
+        return f"<StateFile {self._path} {self._kept.backend if self._kept else 'empty'!r} {self.error}>"
+
+    def news(self, news: StorageNews, *, is_wanted: bool) -> None:
+        """Something else is attached than before; is it by a command over HTTP?"""
+        self._attached = news if news.after else None
+        if is_wanted:
+            self._keep()
+
+    def succeeded(self, order: AttachStorage | DetachStorage) -> None:
+        """A command over HTTP has succeeded: it may have changed policies only, or have ended what was off already."""
+        if isinstance(order, DetachStorage):
+            self._attached = None
+            self._keep()
+        else:
+            self._keep(order.prefetch_policy, order.write_policy)
+
+    async def settled(self) -> None:
+        """The file says what was kept, or does not take it."""
+        if self._writing is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self._writing), SETTLE_S)
+
+    async def close(self) -> None:
+        """Whoever stops the server has waited for its changes."""
+        await self.settled()
+        if self._writing is not None:
+            self._writing.cancel()
+
+    def _keep(self, prefetch_policy: str | None = None, write_policy: str | None = None) -> None:
+        """What is attached now; a policy that was not given stays."""
+        news, before = self._attached, self._kept or Kept(backend="")
+        self._kept = Kept(
+            backend=news.after if news else "",
+            extra_config_json=news.extra_config_json or "{}" if news else "{}",
+            prefetch_policy=prefetch_policy or before.prefetch_policy,
+            write_policy=write_policy or before.write_policy,
+            saved=utc(time.time()),
+        )
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.get_running_loop().create_task(self._write())
+
+    async def _write(self) -> None:
+        written = None
+        while written is not self._kept:
+            newest = self._kept
+            content = msgspec.json.format(msgspec.json.encode(newest), indent=2) + b"\n"
+            try:
+                await asyncio.to_thread(write_private_blocking, self._path, content)
+            except OSError as error:
+                self._failed(error)
+                await asyncio.sleep(RETRY_S)
+                continue
+            written, self.error = newest, ""
+
+    def _failed(self, error: OSError) -> None:
+        failure = f"cannot be written: {error.strerror or error}"
+        if failure != self.error:
+            log.error("the state file %s %s; a restart would not bring back what is attached now", self._path, failure)
+        self.error = failure
