@@ -89,8 +89,10 @@ def _head(status: dict[str, Any], url: str, screen: Screen) -> Iterator[str]:
     yield f"policies  prefetch {prefetch}, write {write}"
     yield f"at start  {_startup(status, screen)}"
     yield f"breaker   {_breaker(status['breaker'], screen)}"
-    if status["audit_head"]:
-        yield f"audit     head {printable(status['audit_head'])}"
+    if status["audit"]:
+        yield f"audit     head {printable(status['audit']['head'])}"
+    for complaint in _complaints(status):
+        yield f"{screen.bad('trouble')}   {printable(complaint)}"
 
 
 def _storage(status: dict[str, Any], screen: Screen) -> Iterator[str]:
@@ -109,22 +111,38 @@ def _storage(status: dict[str, Any], screen: Screen) -> Iterator[str]:
 
 
 def _startup(status: dict[str, Any], screen: Screen) -> str:
-    """What the server would attach if it were started again, where that is not what is attached now."""
-    startup = status["startup"]
-    if _attached(startup) == _attached(status):
-        return "the same"
-    backend, config = startup["hicache_storage_backend"], startup["hicache_storage_backend_extra_config"]
-    wanted = f"{printable(backend)} {printable(config or '{}')}" if backend else "no storage"
-    return f"{screen.doubtful('not what is live')}: {wanted}"
+    """What the server was told to attach when it started, where that is not what is attached now."""
+    started = status["startup"]
+    backend, config = started["backend"], started["extra_config"]
+    live = status["hicache_storage_backend"], _parsed(status["hicache_storage_backend_extra_config"])
+    policies = status["hicache_storage_prefetch_policy"], status["hicache_write_policy"]
+    parts = []
+    if (backend, _parsed(config)) != live:
+        wanted = f"{printable(backend)} {printable(config or '{}')}" if backend else "no storage"
+        parts.append(f"{screen.doubtful('not what is live')}: {wanted}")
+    if None not in policies and (started["prefetch_policy"], started["write_policy"]) != policies:
+        parts.append(f"policies: prefetch {started['prefetch_policy']}, write {started['write_policy']}")
+    return f"{'; '.join(parts) or 'the same'} ({started['source']})"
 
 
-def _attached(told: dict[str, Any]) -> tuple[Any, Any]:
+def _parsed(config: str | None) -> Any:
     """What can be compared: two texts of the same config may differ in blanks."""
-    config = told["hicache_storage_backend_extra_config"]
     try:
-        return told["hicache_storage_backend"], json.loads(config or "{}")
+        return json.loads(config or "{}")
     except ValueError:
-        return told["hicache_storage_backend"], config
+        return config
+
+
+def _complaints(status: dict[str, Any]) -> Iterator[str]:
+    """What an operator relies on and what does not work, beside the storage itself."""
+    started = status["startup"]
+    if started["warning"]:
+        yield started["warning"]
+    if started["outcome"] not in (None, "succeeded", "running"):
+        yield f"the attach at start: {started['outcome']}: {started['message']}"
+    for name in ("audit", "state_file"):
+        if status[name] and status[name]["error"]:
+            yield f"{name.replace('_', ' ')}: {status[name]['error']}"
 
 
 def _breaker(breaker: dict[str, Any] | None, screen: Screen) -> str:

@@ -56,11 +56,15 @@ def incident(**fields: Any) -> dict[str, Any]:
 
 def status(**fields: Any) -> dict[str, Any]:
     """GET /hicache/storage-backend."""
-    attached = {
+    startup = {
+        "source": "command line", "backend": "file", "extra_config": '{"path":"/pages"}', "optional": False,
+        "prefetch_policy": "timeout", "write_policy": "write_through", "outcome": "succeeded", "message": "attached",
+        "warning": None,
+    }  # fmt: skip
+    return {
         "hicache_storage_backend": "file", "hicache_storage_backend_extra_config": '{"path": "/pages"}',
         "hicache_storage_prefetch_policy": "timeout", "hicache_write_policy": "write_through",
-    }  # fmt: skip
-    return attached | {
-        "startup": attached, "why": ["nothing waits to be written"], "lost_tokens": {}, "breaker": breaker(),
-        "operation": [], "audit_head": "17-9f86d081", "ranks": [rank(0), rank(1)],
+        "startup": startup, "audit": {"head": "17-9f86d081", "error": None}, "state_file": None,
+        "why": ["nothing waits to be written"], "lost_tokens": {}, "breaker": breaker(), "operation": [],
+        "audit_head": "17-9f86d081", "ranks": [rank(0), rank(1)],
     } | fields  # fmt: skip

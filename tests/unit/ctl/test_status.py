@@ -35,7 +35,7 @@ def test_all_is_well(server: FakeServer, show: Callable[..., str]) -> None:
     assert lines[1] == "storage   attached, file, epoch 3"
     assert lines[2] == 'config    {"path": "/pages"}'
     assert lines[3] == "policies  prefetch timeout, write write_through"
-    assert lines[4] == "at start  the same"
+    assert lines[4] == "at start  the same (command line)"
     assert lines[5] == "breaker   closed for 2 h 5 min, level failover, primary serves"
     assert lines[6] == "audit     head 17-9f86d081"
     assert lines[8].startswith("rank  state     backend  epoch  in flight")
@@ -101,12 +101,25 @@ def test_a_silent_rank_and_ranks_that_differ(show: Callable[..., str]) -> None:
     )
 
 
-def test_what_is_live_and_what_a_restart_would_bring(show: Callable[..., str]) -> None:
-    started = status()["startup"]
-    other = started | {"hicache_storage_backend_extra_config": '{"path": "/elsewhere"}'}
-    assert 'at start  not what is live: file {"path": "/elsewhere"}' in show(startup=other)
-    nothing = started | {"hicache_storage_backend": None, "hicache_storage_backend_extra_config": None}
-    assert "at start  not what is live: no storage" in show(startup=nothing)
+@pytest.mark.parametrize(
+    ("then", "words"),
+    [
+        ({"source": "state file"}, "the same (state file)"),
+        ({"extra_config": '{"path": "/b"}'}, 'not what is live: file {"path": "/b"} (command line)'),
+        ({"backend": None, "extra_config": None}, "not what is live: no storage (command line)"),
+        ({"write_policy": "write_back"}, "policies: prefetch timeout, write write_back (command line)"),
+    ],
+)
+def test_what_is_live_and_what_the_start_was_told(show: Callable[..., str], then: dict[str, Any], words: str) -> None:
+    assert f"at start  {words}\n" in show(startup=status()["startup"] | then)
+
+
+def test_what_does_not_work_beside_the_storage(show: Callable[..., str]) -> None:
+    started = status()["startup"] | {"outcome": "failed", "message": "not_found: no folder", "warning": "set aside"}
+    out = show(startup=started, audit={"head": "3-abc", "error": "disk full"}, state_file={"error": "read-only"})
+    assert "trouble   set aside\ntrouble   the attach at start: failed: not_found: no folder\n" in out
+    assert "trouble   audit: disk full\ntrouble   state file: read-only\n" in out
+    assert "trouble" not in show()
 
 
 def test_the_latest_incidents(show: Callable[..., str]) -> None:
@@ -126,7 +139,7 @@ def test_without_hierarchical_cache(show: Callable[..., str]) -> None:
     none = rank(0, state="detached", backend=None, epoch=0, places=[], in_flight={}, load={})
     out = show(
         hicache_storage_backend=None, hicache_storage_backend_extra_config=None, hicache_storage_prefetch_policy=None,
-        ranks=[none], breaker=breaker(state="off", level="off"), audit_head=None,
+        ranks=[none], breaker=breaker(state="off", level="off"), audit=None,
     )  # fmt: skip
     assert "policies  prefetch -" in out and "breaker   off" in out and "audit" not in out
 
