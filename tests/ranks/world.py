@@ -12,6 +12,7 @@ import hashlib
 import json
 import random
 from collections import deque
+from collections.abc import Callable
 
 from sglang_hicache import wire
 from sglang_hicache.config import (
@@ -24,6 +25,7 @@ from sglang_hicache.config import (
     StorageConfig,
 )
 from sglang_hicache.scheduler.core import SchedulerCore
+from sglang_hicache.scheduler.failover import Canary
 from sglang_hicache.scheduler.tick import Leader
 from sglang_hicache.scheduler.weights_update import CommitWeights, DropWeights, StageWeights
 from sglang_hicache.storage.attachment_events import Kill, Spawn, Stop
@@ -110,7 +112,7 @@ def next_token(tokens: list[int], weights: str = "") -> int:
 Store = dict[tuple[int, bytes], tuple[str | int, ...]]
 
 
-def store_name(spawn: Spawn) -> str:
+def store_name(spawn: Spawn | Canary) -> str:
     """The backend, and, of a file store, its folder: only what has the same name has the same pages."""
     return spawn.backend + json.loads(spawn.extra_config_json).get("file_storage_path", "")
 
@@ -121,6 +123,7 @@ class PlayedStorage:
     def __init__(self, rank: SimRank, spawn: Spawn, store: dict, faults: random.Random, fault_rate: float) -> None:
         self.rank, self.epoch, self.store = rank, spawn.epoch, store
         self.faults, self.fault_rate = faults, fault_rate
+        self.name = store_name(spawn)
         self.state = "opening"
         #: What it puts before every key: as the rank's weights are called.
         self.namespace = rank.worker.weights
@@ -143,7 +146,7 @@ class PlayedStorage:
         """One thing happens in this process."""
         if self.state == "opening":
             self.state = "open"
-            if self.bad():
+            if self.bad() or self.rank.is_sick(self.name):
                 self.tell("open_failed", "no such host")
                 self.end()
             else:
@@ -184,7 +187,8 @@ class PlayedStorage:
             n = 0
             while n < len(message.keys) and self.key(message.keys[n]) in self.store:
                 n += 1
-            self.fact(message.op_id, 0 if self.bad() else n, True)
+            is_sick = self.rank.is_sick(self.name)
+            self.fact(message.op_id, 0 if self.bad() or is_sick else n, True, "io" if is_sick else "")
         elif isinstance(message, wire.ClearPages):
             for key in [k for k in self.store if k[0] == self.rank.number]:
                 del self.store[key]
@@ -195,6 +199,8 @@ class PlayedStorage:
 
     def refuses(self, message: wire.ReadPages | wire.WritePages, at: int) -> str:
         """The code with which this page fails, "" if it does not.  Tests put their own here."""
+        if self.rank.is_sick(self.name):
+            return "io"
         return self.faults.choice(("io", "io", "no_space", "queue_full")) if self.bad() else ""
 
     def move(self, message: wire.ReadPages | wire.WritePages) -> None:
@@ -237,6 +243,10 @@ class SimRank:
         self.storage_facts: list[wire.StorageFact] = []
         self.clear_facts: list[wire.ClearFact] = []
         self.weights_facts: list[wire.WeightsFact] = []
+        self.canary_facts: list[wire.CanaryFact] = []
+        #: Canaries that have not ended.
+        self.canaries: list[Canary] = []
+        self.news: list[wire.StorageNews] = []
         #: Weights that are being read.
         self.staging: wire.UpdateWeights | None = None
         self.outputs: list[wire.RequestOutput] = []
@@ -258,14 +268,17 @@ class SimRank:
             self.drive(instruction)
         for epoch, message in effects.to_storage:
             self.send(epoch, message)
+        self.canaries += effects.canaries
         self.outputs += effects.outputs
         self.answers += effects.answers
+        self.news += effects.news
         if effects.batch is not None:
             whole = {i: s.request.tokens[: s.request.computed + s.tokens] for i, s in enumerate(core._shares)}
             self.outputs += core.apply_results(worker.forward(effects.batch, whole))
         self.digests[plan.number] = core.digest
         if self.world.check_each_tick:
             core.check()
+        self.world.watch(self)
 
     def change_weights(self, instruction: StageWeights | CommitWeights | DropWeights) -> None:
         self.staging = instruction.command if isinstance(instruction, StageWeights) else None
@@ -298,18 +311,31 @@ class SimRank:
         elif not isinstance(message, wire.RevokeOp | wire.UseNamespace):
             self.op_facts.append(wire.OpFact(message.op_id, 0, True, True))
 
+    def is_sick(self, name: str) -> bool:
+        """Does this store fail whatever this rank asks of it?"""
+        return bool({(name, self.number), (name, None)} & self.world.sick)
+
+    def end_canary(self) -> None:
+        if self.canaries:
+            canary = self.canaries.pop(0)
+            is_bad = self.is_sick(store_name(canary)) or self.world.random.random() < self.world.fault_rate
+            self.canary_facts.append(wire.CanaryFact(canary.number, "refused: no" if is_bad else "", 0.001))
+
     def finish_copy(self) -> None:
         op_id = self.copies.pop(self.world.random.randrange(len(self.copies)))
         self.worker.finish_copy(op_id)
         self.op_facts.append(wire.OpFact(op_id, 1 << 30, True, True))
 
-    def take_facts(self) -> tuple[list, list, list, list]:
-        facts = self.op_facts, self.storage_facts, self.clear_facts, self.weights_facts
+    def take_facts(self) -> tuple[list, list, list, list, list]:
+        facts = self.op_facts, self.storage_facts, self.clear_facts, self.weights_facts, self.canary_facts
         self.op_facts, self.storage_facts, self.clear_facts, self.weights_facts = [], [], [], []
+        self.canary_facts = []
         return facts
 
     def has_facts(self) -> bool:
-        return bool(self.op_facts or self.storage_facts or self.clear_facts or self.weights_facts)
+        return bool(
+            self.op_facts or self.storage_facts or self.clear_facts or self.weights_facts or self.canary_facts
+        )
 
 
 class World:
@@ -323,8 +349,12 @@ class World:
         self.config = config or server_config(ranks)
         self.fault_rate = fault_rate
         self.check_each_tick = check_each_tick
+        #: Called for each rank after each of its plans.
+        self.watch: Callable[[SimRank], None] = lambda rank: None
         #: By the name of the store: they outlive attachments.
         self.stores: dict[str, Store] = {}
+        #: Those that fail, by name, on one rank or (None) on all.
+        self.sick: set[tuple[str, int | None]] = set()
         self.ranks = [SimRank(self, number) for number in range(ranks)]
         self.leader = Leader(self.config, ranks)
         self.reports: list[deque[wire.RankReport]] = [deque() for _ in range(ranks)]
@@ -392,10 +422,10 @@ class World:
         self.report(rank, plan.number)
 
     def report(self, rank: SimRank, applied: int) -> None:
-        ops, storage, clears, weights = rank.take_facts()
+        ops, storage, clears, weights, canaries = rank.take_facts()
         self.reports[rank.number].append(wire.RankReport(
             rank=rank.number, applied=applied, digest=rank.digests.get(applied, 0), ops=ops, storage=storage,
-            clears=clears, weights=weights,
+            clears=clears, weights=weights, canaries=canaries,
         ))
 
     def deliver(self, rank: SimRank) -> None:
@@ -423,6 +453,7 @@ class World:
         elif draw < 0.7 and rank.copies:
             rank.finish_copy()
         elif draw < 0.85:
+            rank.end_canary()
             for process in list(rank.storage.values()):
                 process.step()
         else:
@@ -432,6 +463,7 @@ class World:
     def settle(self, limit: int = 20_000) -> None:
         """Let everything that is under way come to its end, fairly and without new faults."""
         self.fault_rate = 0.0
+        self.sick.clear()
         for rank in self.ranks:
             for process in rank.storage.values():
                 process.fault_rate = 0.0
@@ -446,7 +478,8 @@ class World:
                 for process in list(rank.storage.values()):
                     process.step()
                 rank.end_staging()
-                busy |= rank.has_facts()
+                rank.end_canary()
+                busy |= rank.has_facts() or bool(self.reports[rank.number])
                 self.deliver(rank)
             wake_us = self.leader.wake_at_us(self.ranks[0].core)
             if busy:
