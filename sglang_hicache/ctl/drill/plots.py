@@ -12,6 +12,7 @@ from html import escape
 
 from sglang_hicache.ctl.drill.load import Record
 from sglang_hicache.ctl.drill.result import Mark, Result
+from sglang_hicache.ctl.tables import printable
 
 #: In pixels: the picture, and what is left and right of the plot.
 _WIDTH, _LEFT, _RIGHT = 1000, 90, 20
@@ -24,6 +25,11 @@ _ROUND_S = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
 _MOST_TICKS = 12
 #: A first token is never seen sooner than this, and the axis of a drill without any ends here.
 _SHORTEST_S, _LONGEST_S = 0.001, 0.1
+
+
+def shown(text: str) -> str:
+    """A text of anybody's as HTML: neither markup nor control characters."""
+    return escape(printable(text))
 
 
 class _Axis:
@@ -68,17 +74,17 @@ def _timeline(result: Result, axis: _Axis) -> str:
     parts = list(axis.ticks(height))
     for number, (name, values) in enumerate(rows.items()):
         top = _TOP + number * _ROW
-        parts.append(f'<text class="label" x="{_LEFT - 8}" y="{top + 15}">{escape(name)}</text>')
+        parts.append(f'<text class="label" x="{_LEFT - 8}" y="{top + 15}">{shown(name)}</text>')
         for begin_s, end_s, value in _bands(values, axis.end_s):
             if value in ("", "off"):
                 continue
             left, width = axis.x(begin_s), max(1.0, axis.x(end_s) - axis.x(begin_s))
             parts.append(
                 f'<rect class="band {_class_of(value)}" x="{left}" y="{top + 2}" width="{width:.1f}" '
-                f'height="{_ROW - 4}"><title>{escape(value)}, {begin_s:.1f} to {end_s:.1f} s</title></rect>'
+                f'height="{_ROW - 4}"><title>{shown(value)}, {begin_s:.1f} to {end_s:.1f} s</title></rect>'
             )
             if width > 7 * len(value):
-                parts.append(f'<text class="value" x="{left + 4}" y="{top + 15}">{escape(value)}</text>')
+                parts.append(f'<text class="value" x="{left + 4}" y="{top + 15}">{shown(value)}</text>')
     return _svg(height, parts + list(_steps(result.marks, axis, height)))
 
 
@@ -105,7 +111,7 @@ def _steps(marks: Sequence[Mark], axis: _Axis, height: float) -> Iterator[str]:
     for number, mark in enumerate(marks, 1):
         at = axis.x(mark.at_s)
         yield f'<line class="step" x1="{at}" x2="{at}" y1="{_TOP - 6}" y2="{height}"/>'
-        yield f'<text class="number" x="{at}" y="{_TOP - 9}">{number}<title>{escape(mark.title)}</title></text>'
+        yield f'<text class="number" x="{at}" y="{_TOP - 9}">{number}<title>{shown(mark.title)}</title></text>'
 
 
 def _first_tokens(result: Result, axis: _Axis) -> str:
@@ -124,7 +130,7 @@ def _first_tokens(result: Result, axis: _Axis) -> str:
         parts.append(f'<text class="label" x="{_LEFT - 8}" y="{at + 4}">{10**power:g} s</text>')
     for record in result.records:
         kind, at_s = ("failed", record.total_s) if record.error else ("dot", record.ttft_s)
-        words = f"<title>{escape(record.error)}</title>" if record.error else ""
+        words = f"<title>{shown(record.error)}</title>" if record.error else ""
         parts.append(f'<circle class="{kind}" cx="{axis.x(record.start_s)}" cy="{y(at_s)}" r="2.5">{words}</circle>')
     return _svg(height, parts + list(_steps(result.marks, axis, height)))
 

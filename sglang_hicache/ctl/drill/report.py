@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from sglang_hicache.ctl.drill.plots import pictures
+from sglang_hicache.ctl.drill.plots import pictures, shown
 from sglang_hicache.ctl.drill.result import Result, Verdict
 from sglang_hicache.ctl.tables import printable
 from sglang_hicache.errors import UserError
@@ -74,25 +73,25 @@ def page(result: Result) -> str:
     """One file that needs nothing else: no script, no font, no picture from elsewhere."""
     facts = " · ".join(text for text in (result.where, result.began, f"{result.took_s:.1f} s") if text)
     parts = [
-        f"<h1>{escape(result.name)} {_badge(result.verdict)}</h1>",
-        f"<p>{escape(result.about)}</p>",
-        f"<p>{escape(facts)}</p>",
-        f"<p><b>{escape(printable(result.message))}</b></p>" if result.message else "",
+        f"<h1>{shown(result.name)} {_badge(result.verdict)}</h1>",
+        f"<p>{shown(result.about)}</p>",
+        f"<p>{shown(facts)}</p>",
+        f"<p><b>{shown(result.message)}</b></p>" if result.message else "",
     ]
     parts += _table("Assertions", ("verdict", "what", "found"), [
-        (_badge(item.verdict), _cell(item.name), _cell(item.detail)) for item in result.assertions
+        (_badge(item.verdict), shown(item.name), shown(item.detail)) for item in result.assertions
     ])  # fmt: skip
     if result.records:
-        parts += [f"<h2>{escape(title)}</h2>{svg}" for title, svg in pictures(result)]
+        parts += [f"<h2>{shown(title)}</h2>{svg}" for title, svg in pictures(result)]
     parts += _table("Steps", ("", "at", "took", "step", "what came of it"), [
-        (str(number), f"{mark.at_s:.2f} s", f"{mark.took_s:.2f} s", _cell(mark.title), _cell(mark.detail))
+        (str(number), f"{mark.at_s:.2f} s", f"{mark.took_s:.2f} s", shown(mark.title), shown(mark.detail))
         for number, mark in enumerate(result.marks, 1)
     ])  # fmt: skip
     if result.records:
-        figures = [(_cell(name.replace("_", " ")), f"{value:g}") for name, value in result.figures().items()]
+        figures = [(shown(name.replace("_", " ")), f"{value:g}") for name, value in result.figures().items()]
         parts += _table("The load", ("figure", "value"), figures)
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Drill {escape(result.name)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Drill {shown(result.name)}</title>'
         f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
 
@@ -101,17 +100,13 @@ def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -
     """Cells are HTML."""
     if not rows:
         return []
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+    head = "".join(f"<th>{shown(heading)}</th>" for heading in headings)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return [f"<h2>{escape(title)}</h2><table><tr>{head}</tr>{body}</table>"]
+    return [f"<h2>{shown(title)}</h2><table><tr>{head}</tr>{body}</table>"]
 
 
 def _badge(verdict: Verdict) -> str:
     return f'<span class="verdict {verdict.value}">{verdict.value}</span>'
-
-
-def _cell(text: str) -> str:
-    return escape(printable(text))
 
 
 def junit(results: Sequence[Result]) -> bytes:

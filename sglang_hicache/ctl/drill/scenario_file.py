@@ -62,17 +62,18 @@ def parse(text: str, *, is_short: bool = False) -> Scenario:
 
 def _shortened(tables: dict[str, Any], is_short: bool) -> dict[str, Any]:
     """`[short]` laid over the tables that it names, and `short = {...}` over the step that holds it - or left out."""
-    short = tables.pop("short", {})
+    found = _without_short(tables, is_short)
+    steps = found.get("timeline")
+    if isinstance(steps, list):
+        found["timeline"] = [_without_short(step, is_short) if isinstance(step, dict) else step for step in steps]
+    return found
+
+
+def _without_short(table: dict[str, Any], is_short: bool) -> dict[str, Any]:
+    short = table.pop("short", {})
     if not isinstance(short, dict):
-        raise UserError("`short` is not a table; it takes tables like [short.load]")
-    if is_short:
-        tables = _overlaid(tables, short)
-    steps = tables.get("timeline")
-    for step in steps if isinstance(steps, list) else ():
-        changes = step.pop("short", {}) if isinstance(step, dict) else {}
-        if is_short:
-            step.update(_overlaid(step, changes))
-    return tables
+        raise UserError("`short` is not a table; it takes what changes in the short form, such as [short.load]")
+    return _overlaid(table, short) if is_short else table
 
 
 def _overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ _EXACT_FLAGS = ("--enable-deterministic-inference", "--page-size", "16")
 #: Pools so small that the load does not fit, so that storage is needed all the time.
 _CACHE_FLAGS = (
     "--max-total-tokens", "1024", "--enable-hierarchical-cache", "--hicache-ratio", "1.2", "--enable-cache-report",
-    "--check-rank-digests", "--hicache-storage-lookup-timeout", "0.5",
+    "--check-rank-digests", "--hicache-storage-lookup-timeout", "0.5", "--hicache-state-file", "{folder}/state.json",
 )  # fmt: skip
 
 Tell = Callable[[str], None]
@@ -93,8 +93,8 @@ class OwnSession:
         if self._server is None or self._wanted is None or self._wanted[0] != kind:
             self.end_server_blocking()
             folder = self._new_folder("server")
-            flags = [filled(flag, {"folder": str(folder)}) for flag in wanted.flags]
-            self._server = self._started_blocking(folder, [*_model_flags(wanted), *_CACHE_FLAGS, *flags])
+            flags = [filled(flag, {"folder": str(folder)}) for flag in (*_CACHE_FLAGS, *wanted.flags)]
+            self._server = self._started_blocking(folder, [*_model_flags(wanted), *flags])
             self._wanted = kind, folder
         assert self._wanted is not None
         return self._server, self._wanted[1]

@@ -20,6 +20,7 @@ from sglang_hicache.ctl.drill.scenario import (
     FaultStep,
     HealStep,
     KillStep,
+    RestartStep,
     Scenario,
     StoreTable,
     SwitchStep,
@@ -105,8 +106,8 @@ def _live_store(scenario: Scenario, status: Mapping[str, Any]) -> Store | None:
 
 def _check_foreign(scenario: Scenario, live: Store | None) -> None:
     """Everything that could make it stop half-way is found now."""
-    if scenario.programs:
-        raise UserError("the drill starts programs of its own ([programs]) and needs its own server; leave out --url")
+    if scenario.programs or any(isinstance(step, RestartStep) for step in scenario.timeline):
+        raise UserError("the drill starts programs, or its server again, and so needs its own server; leave out --url")
     for step in scenario.timeline:
         # A storage process of somebody else's server is ended by a fault: its id means nothing on this machine.
         if isinstance(step, FaultStep | HealStep | KillStep):
