@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from sglang_hicache.cache.op import Op
+from sglang_hicache.cache.op import Op, OpKind
 from sglang_hicache.storage.attachment import StorageAttachment
 from sglang_hicache.storage.attachment_events import State
 from sglang_hicache.storage.diagnosis import CODES
@@ -30,8 +30,9 @@ def _divided(reason: str) -> tuple[str, str]:
 
 def hung(op: Op, seconds: float, late: str) -> str:
     """An op of what is attached did not end."""
+    kind = "an upload" if op.kind is OpKind.UPLOAD else f"a {op.kind.name.lower()}"
     return (
-        f"hung: the store hangs: a {op.kind.name.lower()} of {op.pages} pages did not end within {seconds:g} s on "
+        f"hung: the store hangs: {kind} of {op.pages} pages did not end within {seconds:g} s on "
         f"{late} (op {op.id}); storage is detached, attach it again when the store answers"
     )
 
