@@ -116,6 +116,7 @@ class AuditLog:
     def append(self, entry: Mapping[str, Any]) -> Future[str]:
         """Write an entry; its head when it is on the disk."""
         future: Future[str] = Future()
+        future.set_running_or_notify_cancel()  # whoever stops waiting for it must not stop the entry
         with self._changed:
             if self._is_closing or len(self._waiting) >= MOST_WAITING:
                 self._lost += 1

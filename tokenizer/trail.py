@@ -81,7 +81,8 @@ class Trail:
         """The server ends."""
         if self._audit is not None:
             self._write("stop", SERVER, "server")
-            await asyncio.to_thread(self._audit.close_blocking)
+            audit, self._audit = self._audit, None
+            await asyncio.to_thread(audit.close_blocking)
 
     async def began(self, operation: Operation) -> None:
         """A command is about to be given to the ranks."""
