@@ -42,5 +42,5 @@ def _row(incident: dict[str, Any]) -> list[Any]:
     tokens = f"{known} tokens" if known or not most else f"at most {most} tokens"
     return [
         incident["number"], incident["kind"].replace("_", " "), incident["backend"], moment(incident["began"]), lasted,
-        incident["requests"], tokens, age(incident["reprefill_s"]), incident["cause"],
+        incident["requests"], tokens, age(incident["reprefill_s"] or None), incident["cause"],
     ]  # fmt: skip

@@ -72,7 +72,7 @@ def _show(status: dict[str, Any], incidents: list[dict[str, Any]], url: str, scr
     screen.heading("why")
     for sentence in status["why"]:
         screen.sentence(sentence)
-    _show_errors(ranks, screen)
+    _show_errors(status, screen)
     if incidents:
         screen.heading("latest incidents")
         screen.lines(incident_table(incidents))
@@ -157,8 +157,6 @@ def _breaker(breaker: dict[str, Any] | None, screen: Screen) -> str:
     if breaker["next_try_s"] is not None:
         parts.append(f"next try in {age(breaker['next_try_s'])}")
     parts += [counted(breaker[f"{what}s"], what) for what in ("trip", "failover", "failback") if breaker[f"{what}s"]]
-    if breaker["reason"]:
-        parts.append(f"last opened because: {printable(breaker['reason'])}")
     return ", ".join(parts)
 
 
@@ -178,17 +176,25 @@ def _place_row(rank: int, place: dict[str, Any]) -> list[Any]:
     return [rank, place["role"], place["state"], place["backend"], place["epoch"], place["in_flight"]]
 
 
-def _show_errors(ranks: list[dict[str, Any]], screen: Screen) -> None:
+def _show_errors(status: dict[str, Any], screen: Screen) -> None:
     """Each error once, with the ranks that have it, how old it is, and where to read on."""
+    ranks, breaker = status["ranks"], status["breaker"]
     said: dict[str, list[dict[str, Any]]] = {}
     for rank in ranks:
         if rank["last_error"] and rank["state"] != _SILENT:
             said.setdefault(rank["last_error"], []).append(rank)
-    if not said:
-        return
-    screen.heading("last error")
-    for error, by in said.items():
-        who = "all ranks" if len(by) == len(ranks) else f"rank {', '.join(str(rank['rank']) for rank in by)}"
-        screen.sentence(f"{who}, {age(min(rank['last_error_age_s'] for rank in by))} ago: {error}")
+    told = {error: _who(by, ranks) for error, by in said.items()}
+    if breaker and breaker["reason"]:
+        told.setdefault(breaker["reason"], "the breaker, when it opened last")
+    if told:
+        screen.heading("last error")
+    for error, who in told.items():
+        screen.sentence(f"{who}: {error}")
         if page := runbook(error):
-            screen.line(f"  what to do: {page}")
+            screen.line(f"    what to do: {page}")
+
+
+def _who(some: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> str:
+    """Ranks with the same error, and when the latest of them met it."""
+    names = "all ranks" if len(some) == len(ranks) else f"rank {', '.join(str(rank['rank']) for rank in some)}"
+    return f"{names}, {age(min(rank['last_error_age_s'] for rank in some))} ago"

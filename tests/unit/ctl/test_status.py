@@ -59,8 +59,15 @@ def test_an_error_comes_with_its_age_and_its_page(show: Callable[..., str]) -> N
         breaker=breaker(state="open", in_state_s=12.0, trips=1, reason=error, serving="", next_try_s=3.2),
     )  # fmt: skip
     assert "storage   detached, epoch 3\n" in out and "config" not in out
-    assert "breaker   open for 12 s, level failover, next try in 3.2 s, 1 trip, last opened because: tripped_" in out
-    assert f"  - all ranks, 1 min 1 s ago: {error}\n  what to do: docs/runbooks/tripped_errors.md" in out
+    assert "breaker   open for 12 s, level failover, next try in 3.2 s, 1 trip\n" in out
+    assert f"  - all ranks, 1 min 1 s ago: {error}\n    what to do: docs/runbooks/tripped_errors.md" in out
+    assert out.count(error) == 1, "the breaker's reason is no news then"
+
+
+def test_why_the_breaker_opened_is_told_while_another_store_serves(show: Callable[..., str]) -> None:
+    out = show(breaker=breaker(trips=2, failovers=1, serving="standby 1", reason="tripped_slow: 12 times as slow"))
+    assert "standby 1 serves, 2 trips, 1 failover\n" in out
+    assert "  - the breaker, when it opened last: tripped_slow: 12 times as slow\n    what to do: docs/runb" in out
 
 
 @pytest.mark.parametrize(
