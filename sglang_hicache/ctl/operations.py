@@ -23,6 +23,9 @@ OPERATIONS = "/hicache/operations"
 #: Seconds between two questions about an operation: short for the many that take no time, then longer.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
 
+#: Seconds after which somebody who waits is told what for.
+_SILENCE_S = 2.0
+
 #: Seconds for which a server that does not answer is asked again about an operation: it may be busy.
 _PATIENCE_S = 60.0
 
@@ -88,7 +91,7 @@ def run_cancel(args: argparse.Namespace, console: Console) -> Exit:
 def follow(client: Client, operation_id: str, console: Console) -> Exit:
     """Wait for the end of an operation, and tell it."""
     try:
-        operation = _end(client, operation_id)
+        operation = _end(client, operation_id, console)
     except KeyboardInterrupt:
         console.note(
             f"\noperation {operation_id} goes on in the server; see how it ends with: "
@@ -124,14 +127,18 @@ def _path(operation_id: str) -> str:
     return f"{OPERATIONS}/{quote(operation_id, safe='')}"
 
 
-def _end(client: Client, operation_id: str) -> dict[str, Any]:
+def _end(client: Client, operation_id: str, console: Console) -> dict[str, Any]:
     """The operation, once it no longer runs.
 
     There is no event to wait for across HTTP, so it is asked for again and again.  A server that is out of reach is
     asked for a while; after that the outcome is unknown, for the operation may well have ended.
     """
     pause, pause_s, heard_s = threading.Event(), _FIRST_PAUSE_S, time.monotonic()
+    tell_s: float | None = heard_s + _SILENCE_S
     while True:
+        if tell_s is not None and time.monotonic() >= tell_s:
+            console.note(f"waiting for operation {operation_id}; Ctrl-C ends the waiting, not the operation")
+            tell_s = None
         try:
             operation = _ask(client, operation_id)
             if operation["state"] != "running":

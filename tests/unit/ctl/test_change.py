@@ -100,6 +100,13 @@ def test_ctrl_c_says_that_it_goes_on_and_where_to_look(run: Run, monkeypatch: py
     assert f"operations wait {ID}" in ran.err and f"operations cancel {ID}" in ran.err
 
 
+def test_a_long_wait_says_what_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "_SILENCE_S", 0.0)
+    ran = run("attach", "file", "--json")
+    assert ran.code == 0 and json.loads(ran.out)["ok"] is True
+    assert ran.err == f"waiting for operation {ID}; Ctrl-C ends the waiting, not the operation\n"
+
+
 def test_a_server_that_is_gone_while_it_is_waited_for(
     server: FakeServer, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
