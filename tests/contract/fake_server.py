@@ -116,10 +116,10 @@ class FakeServer:
         self.state = ServerState.READY
         self.lifecycle = Lifecycle(lambda: self.state)
         self.lifecycle.phase = Phase.SERVING
-        self.control, startup = open_control(config, self.desk)
+        self.control, self.startup = open_control(config, self.desk)
         intake = Intake(config, codec)
         self.app = build_app(
-            Services(config, codec, intake, self.requests, self.desk, self.control, startup, self.lifecycle)
+            Services(config, codec, intake, self.requests, self.desk, self.control, self.startup, self.lifecycle)
         )
         self._runner = asyncio.Runner()
         self._client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://test")
