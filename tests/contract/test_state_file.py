@@ -234,14 +234,14 @@ def test_a_disk_that_takes_nothing_is_told_and_tried_again(
         put(server)
         assert "No space left" in server.call("GET", PATH, headers=ADMIN).json()["state_file"]["error"]
         assert "No space left" in caplog.text and not path.exists()
-        assert list(path.parent.iterdir()) == [], "nothing half-written stays behind"
 
     async def healed() -> None:
-        while not path.exists():
+        while server.control.state_file.error:
             await asyncio.sleep(0)
 
     server.run(asyncio.wait_for(healed(), 30))
     assert server.call("GET", PATH, headers=ADMIN).json()["state_file"] == {"error": None}
+    assert list(path.parent.iterdir()) == [path], "nothing half-written stays behind"
 
 
 # ----------------------------------------------------------------------------------------- optional storage
