@@ -15,10 +15,11 @@ from sglang_hicache import audit
 from sglang_hicache.ctl.access import add_command
 from sglang_hicache.ctl.console import Console
 from sglang_hicache.ctl.exits import Exit
-from sglang_hicache.ctl.tables import moment, table
+from sglang_hicache.ctl.tables import Screen, moment, printable
 from sglang_hicache.errors import UserError
 
-_HEADINGS = ("entry", "time, UTC", "event", "key", "address", "what", "before", "after", "outcome", "message")
+#: Of an entry, below its first line.
+_DETAILS = ("asked", "before", "after", "message")
 
 
 def add_commands(commands: Any) -> None:
@@ -31,7 +32,7 @@ def add_commands(commands: Any) -> None:
         help="head that the server told earlier, in its own log or to `status`; without it, lines that were cut off at "
         "the end are not missed",
     )  # fmt: skip
-    show = add_command(actions, "show", run_show, "the latest entries, as they are: verify says whether they are true")
+    show = add_command(actions, "show", run_show, "the latest entries as they are; times are UTC")
     show.add_argument("--last", type=_count, default=20, metavar="N", help="default: 20")
     for parser in (verify, show):
         parser.add_argument("file", type=Path, metavar="FILE", help="the log; its key is read from FILE.key")
@@ -57,7 +58,8 @@ def run_show(args: argparse.Namespace, console: Console) -> Exit:
     if console.is_json:
         console.json(entries)
     else:
-        console.screen.lines(table(_HEADINGS, map(_row, entries)))
+        for entry in entries:
+            _show(entry, console.screen)
     return Exit.OK
 
 
@@ -70,19 +72,23 @@ def _entry(line: str) -> dict[str, Any]:
     return entry if isinstance(entry, dict) else {"event": "no entry", "message": line.rstrip("\n")}
 
 
-def _row(entry: dict[str, Any]) -> list[Any]:
+def _show(entry: dict[str, Any], screen: Screen) -> None:
+    """One line for what was done and by whom, and the details below, which may be long."""
     who = _record(entry.get("who"))
-    return [
-        entry.get("number"), moment(str(entry.get("time", ""))), entry.get("event"), who.get("key"), who.get("address"),
-        entry.get("what"), _state(entry.get("before")), _state(entry.get("after")), entry.get("outcome"),
-        entry.get("message"),
-    ]  # fmt: skip
+    head = [entry.get("number", "?"), moment(str(entry.get("time", ""))), entry.get("event"), entry.get("what")]
+    by = f"key {who.get('key')}" + (f", {who['address']}" if who.get("address") else "")
+    done = [" ".join(str(part) for part in head if part), *filter(None, (entry.get("outcome"), who and by))]
+    screen.line(", ".join(map(printable, done)))
+    for name in _DETAILS:
+        if entry.get(name) not in (None, "", {}, []):
+            screen.sentence(_details(entry[name]), indent="    ", first=f"{name}: ")
 
 
-def _state(told: Any) -> str:
-    """What was attached, or which weights served."""
-    state = _record(told)
-    return " ".join(str(state[name]) for name in ("backend", "extra_config", "model_path") if name in state)
+def _details(value: Any) -> str:
+    """`backend file, extra_config {...}`."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items())
+    return str(value)
 
 
 def _record(value: Any) -> dict[str, Any]:

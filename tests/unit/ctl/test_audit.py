@@ -68,17 +68,25 @@ def test_what_cannot_be_verified(run: Run, log: Path) -> None:
 def test_show(run: Run, log: Path) -> None:
     ran = run("audit", "show", str(log))
     assert ran.code == 0
-    lines = ran.out.splitlines()
-    assert [line.split()[0] for line in lines] == ["entry", "1", "2", "3"]
-    assert "1a2b3c4d" in lines[2] and "10.0.0.7" in lines[2] and 'file {"path": "/a"}' in lines[2]
-    assert "memory" in lines[2] and "It took over." in lines[2]
-    assert len(run("audit", "show", str(log), "--last", "2").out.splitlines()) == 3
+    first, second, *details, third, message = ran.out.splitlines()
+    assert first.startswith("1 20") and first.endswith(" start server, key server")
+    assert second.startswith("2 20") and second.endswith(" end switch, succeeded, key 1a2b3c4d, 10.0.0.7")
+    assert details == [
+        '    before: backend file, extra_config {"path": "/a"}', "    after: backend memory",
+        "    message: It took over.",
+    ]  # fmt: skip
+    assert third.endswith(" news breaker, key server") and message == "    message: sick"
+    assert len(run("audit", "show", str(log), "--last", "1").out.splitlines()) == 2
     assert [entry["number"] for entry in json.loads(run("audit", "show", str(log), "--json").out)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
-    "line", ["\x1b[2Jnothing", '{"number": 2, "who": "me", "before": 7, "event": "\\u001b[2J"}', "[1]", "[" * 100_000]
-)
+    "line",
+    [
+        "\x1b[2Jnothing", '{"number": 2, "who": "me", "before": 7, "event": "\\u001b[2J", "outcome": [1]}', "[1]",
+        "[" * 100_000,
+    ],
+)  # fmt: skip
 def test_a_line_that_somebody_has_been_at_is_shown_and_not_obeyed(run: Run, log: Path, line: str) -> None:
     log.write_text(line + "\n")
     ran = run("audit", "show", str(log))
