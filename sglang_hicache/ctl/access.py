@@ -18,7 +18,7 @@ from sglang_hicache.errors import UserError
 #: `Client`, or one that can do more.
 AnyClient = TypeVar("AnyClient", bound=Client)
 
-URL_ENV, KEY_ENV = "HICACHECTL_URL", "HICACHECTL_KEY"
+URL_ENV, KEY_ENV, KEY_FILE_ENV = "HICACHECTL_URL", "HICACHECTL_KEY", "HICACHECTL_KEY_FILE"
 DEFAULT_URL = "http://127.0.0.1:30000"
 
 Run = Callable[[argparse.Namespace, Console], int]
@@ -50,7 +50,7 @@ def add_common(parser: argparse.ArgumentParser, **default: Any) -> None:
     group = parser.add_argument_group("common flags, before or after the command")
     add = group.add_argument
     add("--url", metavar="URL", help=f"default: {URL_ENV} of the environment, else {DEFAULT_URL}", **default)
-    add("--key-file", metavar="FILE", help=f"holds the admin key, mode 0600; default: the key in {KEY_ENV}", **default)
+    add("--key-file", metavar="FILE", help=f"holds the admin key, mode 0600; default: {KEY_FILE_ENV}", **default)
     add("--cacert", metavar="PEM", help="check the server's certificate with this one (https)", **default)
     add("--json", action="store_true", help="one JSON value on standard output, for scripts", **default)
     for flag in _KEY_FLAGS:
@@ -75,10 +75,11 @@ def add_command(commands: Any, name: str, run: Run | None, about: str) -> argpar
 def client_of(args: argparse.Namespace, kind: type[AnyClient] = Client) -> AnyClient:
     """The client that the flags and the environment describe."""
     url = args.url or os.environ.get(URL_ENV) or DEFAULT_URL
-    return kind(url, _key(args.key_file), cacert=args.cacert or "")
+    return kind(url, _key(args.key_file or os.environ.get(KEY_FILE_ENV)), cacert=args.cacert or "")
 
 
 def _key(path: str | None) -> str:
+    """Of the file, else of the environment, where at least nobody but this user and root can see it."""
     key = _key_of_file(path) if path else os.environ.get(KEY_ENV, "").strip()
     if not key.isascii() or not key.isprintable() or " " in key:
         raise UserError(f"the key of {path or KEY_ENV} holds characters that no key has (blanks, or none of ASCII)")
@@ -91,11 +92,11 @@ def _key_of_file(path: str) -> str:
         with open(path, "rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             if mode & 0o077:
-                raise UserError(f"--key-file {path} has mode {mode:04o}: others can read it; run: chmod 600 {path}")
+                raise UserError(f"the key file {path} has mode {mode:04o}: others can read it; run: chmod 600 {path}")
             content = file.read(_LARGEST_KEY_BYTES)
     except OSError as error:
-        raise UserError(f"--key-file {path} cannot be read: {error.strerror}") from error
+        raise UserError(f"the key file {path} cannot be read: {error.strerror}") from error
     key = content.decode(errors="replace").strip()
     if not key:
-        raise UserError(f"--key-file {path} is empty")
+        raise UserError(f"the key file {path} is empty")
     return key

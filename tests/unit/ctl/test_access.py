@@ -40,6 +40,15 @@ def test_a_key_file_wins_before_or_after_the_command(
     assert server.asked[0].key == "Bearer key-of-the-file"
 
 
+def test_a_key_file_of_the_environment(
+    server: FakeServer, run: Run, key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path is no secret, and the key is then in no process's environment."""
+    monkeypatch.setenv("HICACHECTL_KEY_FILE", str(key_file))
+    assert run("operations", "list").code == 0
+    assert server.asked[0].key == "Bearer key-of-the-file"
+
+
 @pytest.mark.parametrize("flag", ["--key", "--api-key", "--admin-key", "--admin-api-key"])
 @pytest.mark.parametrize("form", ["{flag} hunter2", "{flag}=hunter2"])
 def test_a_key_on_the_command_line_is_refused(server: FakeServer, run: Run, flag: str, form: str) -> None:
