@@ -216,7 +216,7 @@ class StorageDriver:
             case wire.OpProgress():
                 code = message.reason.partition(":")[0]
                 self._facts.ops[message.op_id] = wire.OpFact(
-                    message.op_id, message.pages, message.settled, message.closed, code
+                    message.op_id, message.pages, message.settled, message.closed, code, message.took_us
                 )
                 if message.corrupt:
                     self.counters.add("storage_corrupt_pages", message.corrupt)

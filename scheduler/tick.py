@@ -88,7 +88,8 @@ class Ledger:
             # process that may hang.
             is_news = op.phase is not OpPhase.SETTLED and (settled or op.phase is OpPhase.REVOKED)
             if closed or is_news:
-                outcomes.append(wire.OpOutcome(op.id, pages, closed, reason))
+                took_us = max(f.took_us for f in facts.values()) if closed or settled else 0
+                outcomes.append(wire.OpOutcome(op.id, pages, closed, reason, took_us))
         return outcomes
 
     @staticmethod
@@ -110,7 +111,7 @@ class Ledger:
             said = self._clears.get(command_id, {})
             is_over = command_id in overdue or core.tiers.slot.gate() != epoch
             if len(said) == self._ranks or is_over:
-                why = "not cleared in time" if command_id in overdue else "the storage was lost or detached meanwhile"
+                why = "not cleared in time" if command_id in overdue else "the storage was lost, detached or switched meanwhile"
                 reasons = tuple(said.get(rank, why) for rank in range(self._ranks))
                 outcomes.append(wire.ClearOutcome(command_id, reasons))
         self._clears = {k: v for k, v in self._clears.items() if k in clearing}

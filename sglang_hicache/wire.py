@@ -281,6 +281,8 @@ class OpOutcome(msgspec.Struct, frozen=True, array_like=True):
     closed: bool
     #: Why `pages` is short, of the lowest rank that stopped there: "" or a code such as "io" or "no_space".
     reason: str = ""
+    #: Microseconds that the slowest store worked on it; 0: not every rank has said so.
+    took_us: int = 0
 
 
 StorageEvent = Literal["commit", "open_failed", "lost", "deadline", "reaped", "reap_timeout", "quiet"]
@@ -349,6 +351,8 @@ class OpFact(msgspec.Struct, frozen=True, array_like=True):
     closed: bool
     #: "" or the code before the colon of `OpProgress.reason`.
     reason: str = ""
+    #: Of `OpProgress`.
+    took_us: int = 0
 
 
 StorageFactKind = Literal["opened", "open_failed", "lost", "reaped", "reap_timeout", "quiet"]
@@ -519,6 +523,8 @@ class OpProgress(Message):
     corrupt: PageCount = 0
     #: "" or why it stopped short.
     reason: str = ""
+    #: Microseconds of work on it so far, waiting in line not included.
+    took_us: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)] = 0
 
 
 class ClearDone(Message):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -45,6 +46,8 @@ class Op(ABC):
     def __init__(self, op_id: int | str) -> None:
         self.op_id = op_id
         self.is_settled = False
+        #: Microseconds of all batches so far.
+        self.took_us = 0
 
     @abstractmethod
     def step_blocking(self) -> None:
@@ -82,7 +85,7 @@ class PageOp(Op):
     def message(self) -> wire.OpProgress:
         return wire.OpProgress(
             op_id=self.op_id, pages=self._pages, settled=self.is_settled, closed=self.is_settled,
-            corrupt=self._corrupt, reason=self._reason,
+            corrupt=self._corrupt, reason=self._reason, took_us=self.took_us,
         )  # fmt: skip
 
     def _note(self, reason: str) -> None:
@@ -261,7 +264,9 @@ class Lane:
 
     def _step_blocking(self, op: Op) -> None:
         """One batch of an op, and what it leads to."""
+        began_ns = time.monotonic_ns()
         self._guarded_blocking(op, op.step_blocking)
+        op.took_us += (time.monotonic_ns() - began_ns) // 1000
         with self._changed:
             self._running = None
             is_revoked = op.op_id in self._revoked

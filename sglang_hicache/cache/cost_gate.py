@@ -2,10 +2,10 @@
 
     prefill    time of the forwards that computed prompts, as the plans say it, without the decodes that rode along
     look-up    from the plan that began it to the plan that ended it
-    read       the same for each token that arrived, those before it in the lane included
+    read       what the slowest rank's store worked on it, for each token that arrived
 
-What a plan says after a forward may have happened at any time during it, so it counts as of the forward's beginning:
-the store is not charged for a forward, and a request that meets one waits for that one at most.
+What a plan says after a forward may have happened at any time during it.  A look-up that met one took what the store
+worked on it, and a wait counts as of the forward's beginning: a request that meets one waits for that one at most.
 
 The promise is that storage makes no request slower than it would be without by more than 5 % of what it lacks.  While
 nothing is known of the pages, a request waits for its look-up for no longer than that, and not at all where look-ups
@@ -167,25 +167,29 @@ class CostGate:
         if epoch == self._epoch:
             self._see_lookup(2 * us)
 
-    def read(self, epoch: int, us: int, ahead: int, asked: int, done: int, given_up: bool = False) -> None:
-        """A read ended with so many tokens of those that it was asked for; so many were before it in the lane."""
+    def read(self, epoch: int, us: int, asked: int, done: int) -> None:
+        """A read ended with so many tokens of those that it was asked for."""
         if epoch != self._epoch:
             return
-        us = max(1, us - (self._lookup_us or 0))
-        load = ahead + done if done else 0
-        if given_up:
-            self.keeps_its_word = False
-            # Unless it was slow for those before it only, the read says all there is to say.
-            self._reads.see(us, load, 4 if us > self._reads.took_us(load) else 1)
-        else:
-            self._failures = self._failures + 1 if not done else 0
-            self.keeps_its_word = self.keeps_its_word or 2 * done > asked
-            self._reads.see(us, load, 1 if 2 * done > asked else 2)
+        is_good = 2 * done > asked
+        self._failures = 0 if done else self._failures + 1
+        self.keeps_its_word = self.keeps_its_word or (is_good and us <= PATIENCE * self._reads.took_us(done))
+        self._reads.see(max(1, us), done, 1 if is_good else 2)
         self._mix()
 
+    def read_given_up(self, epoch: int, us: int, asked: int) -> None:
+        """It took longer than that, and longer than it should: what reads have taken before says nothing any more."""
+        if epoch == self._epoch:
+            self.keeps_its_word = False
+            if us > self._reads.took_us(asked):
+                self._reads.see(2 * us, asked, 4)
+            self._mix()
+
     def _see_lookup(self, us: int) -> None:
+        """Beyond its time-out a look-up is a miss however long it takes, and what has become quick is soon known."""
+        us = min(us, 2 * self._lookup_timeout_us)
         before = us if self._lookup_us is None else self._lookup_us
-        self._lookup_us = (3 * before + us) // 4
+        self._lookup_us = (before + us) // 2 if us < before else (3 * before + us) // 4
         self._mix()
 
     # --------------------------------------------------------------------------------------------- decisions
@@ -212,13 +216,10 @@ class CostGate:
         """Why storage would cost this request more than it can bring, "" if it should not."""
         if self._failures >= MOST_FAILURES:
             return f"the last {self._failures} operations of the store failed"
-        most_us = self.lookup_budget_us(tokens)
+        most_us = min(self.budget_us(tokens) or 0, self._lookup_timeout_us)
         if lookup_us > most_us:
             return f"look-ups take {_ms(lookup_us)}, and this request may wait for {_ms(most_us)}"
-        queued_us = self._prefill.pace.took_us(tokens + self.running_tokens + self.waiting_tokens)
-        if fetch_us >= queued_us:
-            return f"fetching takes {_ms(fetch_us)}, computing with what is before it {_ms(queued_us)}"
-        return ""
+        return self._objection_to_time(tokens, fetch_us)
 
     def compute_us(self, tokens: int) -> int | None:
         """How long so many tokens of a prompt take; None: not measured yet."""
@@ -229,11 +230,6 @@ class CostGate:
         compute_us = self.compute_us(tokens)
         return None if compute_us is None else int(compute_us * LOSS_SHARE)
 
-    def lookup_budget_us(self, tokens: int) -> int:
-        """The longest that a request waits for a look-up."""
-        budget_us = self.budget_us(tokens)
-        return self._lookup_timeout_us if budget_us is None else min(budget_us, self._lookup_timeout_us)
-
     def read_us(self, tokens: int, ahead: int) -> int | None:
         """How long a read should take behind so many other tokens; None: not measured yet."""
         if self.compute_us(tokens) is None or not self._reads.is_known or self._lookup_us is None:
@@ -243,10 +239,15 @@ class CostGate:
     def objects_to_read(self, tokens: int, ahead: int) -> str:
         """The store has these tokens: why they should not be read all the same, "" if they should."""
         read_us = self.read_us(tokens, ahead)
+        return "" if read_us is None else self._objection_to_time(tokens, read_us)
+
+    def _objection_to_time(self, tokens: int, fetch_us: int) -> str:
+        if not self.keeps_its_word:
+            return "the latest read took longer than it should"
         queued_us = self._prefill.pace.took_us(tokens + self.running_tokens + self.waiting_tokens)
-        if read_us is None or read_us < queued_us:
+        if fetch_us < queued_us:
             return ""
-        return f"reading takes {_ms(read_us)}, computing with what is before it {_ms(queued_us)}"
+        return f"fetching takes {_ms(fetch_us)}, computing with what is before it {_ms(queued_us)}"
 
     def _mix(self) -> None:
         """Everything that an observation changes."""

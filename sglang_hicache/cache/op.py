@@ -71,6 +71,8 @@ class Op:
     done: int = 0
     #: Why `done` is short: "" or a code such as "io" or "no_space".
     reason: str = ""
+    #: Microseconds that the slowest store worked on it; 0: not known.
+    took_us: int = 0
 
     def __repr__(self) -> str:
         return f"<Op {self.id} {self.kind.name} epoch={self.epoch} {self.done}/{self.pages} {self.phase.name}>"

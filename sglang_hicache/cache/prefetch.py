@@ -213,8 +213,6 @@ class Prefetcher:
         hit = op.done
         self._backup.known.add(prefetch.keys[:hit])
         self._missed(prefetch, op)
-        if op.reason not in UNASKED:
-            self.waits.looked_up(op)
         if hit < self.threshold_pages:
             self.counters["miss"] += len(prefetch.keys) * self._page_size
             return
@@ -249,8 +247,6 @@ class Prefetcher:
             return  # the request is gone; the pages go back when the op closes
         was_cut_off = prefetch.phase is PrefetchPhase.STOPPING
         self._move(prefetch, PrefetchPhase.OVER)
-        if prefetch.is_late or op.reason not in UNASKED:
-            self.waits.read_ended(prefetch)
         if op.done < op.pages:
             self.counters["storage_transfer"] += (op.pages - op.done) * self._page_size
             if not was_cut_off:  # a store that was not asked for a page has not missed it
@@ -285,6 +281,7 @@ class Prefetcher:
             self._controller.host.free(op.host_pages)
             op.host_pages = []
         self._storage.close(op)
+        self.waits.ended(op)
         self._end_probe(op)
 
     def _end_probe(self, op: Op) -> None:

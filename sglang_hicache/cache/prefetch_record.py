@@ -38,8 +38,6 @@ class Prefetch:
     #: since; None: nobody knows how long it takes.
     ahead: int = 0
     read_by_us: int | None = None
-    #: It took longer than anybody waits.
-    is_late: bool = False
     #: Nobody waits for it.
     is_probe: bool = False
     #: Pages of the span that are now in the tree because storage had them, and the backend that had them.

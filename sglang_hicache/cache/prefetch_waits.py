@@ -14,8 +14,9 @@ import msgspec
 from sglang_hicache import wire
 from sglang_hicache.cache.cost_gate import PATIENCE, CostGate
 from sglang_hicache.cache.evidence import HARMLESS
-from sglang_hicache.cache.op import Op
+from sglang_hicache.cache.op import Op, OpKind
 from sglang_hicache.cache.prefetch_record import Prefetch, PrefetchPhase
+from sglang_hicache.cache.storage_ops import UNASKED
 from sglang_hicache.storage.settings import PrefetchSettings
 
 
@@ -26,36 +27,36 @@ class Waits:
         self.gate = gate
         self._page_size = page_size
         self._lookup_timeout_us = int(lookup_timeout_s * 1e6)
-        #: Leader's clock when it last saw what has arrived: now, or before the forward that has just ended.
-        self._seen_us = 0
+        #: Leader's clock, and when it last saw what has arrived: now, or before the forward that has just ended.
+        self._now_us = self._seen_us = 0
         #: By request; of those only that lack something which may be fetched.
         self._decisions: dict[str, wire.FetchDecision] = {}
 
     def begin_tick(self, now_us: int, forward_us: int) -> None:
         """The clock of a plan, and how long the forward before it took."""
-        self._seen_us = now_us - forward_us
+        self._now_us, self._seen_us = now_us, now_us - forward_us
         self.gate.forward_took(forward_us)
 
-    def _took_us(self, op: Op) -> int:
-        """For how long an op has been under way, as far as that can be the store's doing."""
-        return max(0, self._seen_us - op.started_us)
-
-    def looked_up(self, op: Op) -> None:
-        """A look-up has ended."""
-        self.gate.looked_up(op.epoch, self._took_us(op), failed=op.reason not in HARMLESS)
-
-    def read_ended(self, prefetch: Prefetch) -> None:
-        """With all of its pages, some, or none."""
-        op = prefetch.op
-        asked, done = op.pages * self._page_size, op.done * self._page_size
-        self.gate.read(op.epoch, self._took_us(op), prefetch.ahead, asked, done, given_up=prefetch.is_late)
+    def ended(self, op: Op) -> None:
+        """Every rank has ended a look-up or a read, in time or not."""
+        if op.reason in UNASKED:
+            return
+        if op.kind is OpKind.LOOKUP:
+            # Without a forward on the way the plans say it better: messages take their time, too.
+            us = self._now_us - op.started_us if self._seen_us == self._now_us else op.took_us
+            self.gate.looked_up(op.epoch, us, failed=op.reason not in HARMLESS)
+        else:
+            self.gate.read(op.epoch, op.took_us, op.pages * self._page_size, op.done * self._page_size)
 
     def given_up(self, prefetch: Prefetch, policy: str) -> None:
         """It takes longer than anybody waits.  Where nobody ever does, that says nothing."""
-        if policy != "best_effort":
-            prefetch.is_late = True
-            if prefetch.phase is PrefetchPhase.LOOKUP:
-                self.gate.lookup_given_up(prefetch.op.epoch, self._took_us(prefetch.op))
+        op, us = prefetch.op, max(0, self._seen_us - prefetch.op.started_us)
+        if policy == "best_effort":
+            return
+        if prefetch.phase is PrefetchPhase.LOOKUP:
+            self.gate.lookup_given_up(op.epoch, us)
+        else:
+            self.gate.read_given_up(op.epoch, us, op.pages * self._page_size + prefetch.ahead)
 
     # --------------------------------------------------------------------------------------------- decisions
 

@@ -111,7 +111,7 @@ class Tiers:
             self.measures.op_ended(op, now_us)
             self.backup.offer(self.controller.finish_copy(op))
             return
-        op.reason = op.reason or outcome.reason
+        op.reason, op.took_us = op.reason or outcome.reason, outcome.took_us
         if op.phase is not OpPhase.SETTLED:
             self.ops.settle(op, outcome.pages)
             if op.kind is OpKind.LOOKUP:

@@ -43,6 +43,8 @@ class Rank:
         self._poller = Poller()
         for thing in self.client.fds():
             self._poller.register(thing)
+        #: Of the op that was waited for last.
+        self.took_us = 0
         self._unread: list[wire.FromStorage] = []
         #: Every message so far.
         self.heard: list[wire.FromStorage] = []
@@ -78,9 +80,11 @@ class Rank:
         return message
 
     def end_of(self, op_id: int) -> wire.OpProgress:
-        """Wait until an op is closed."""
-        return self.next_message(lambda message: isinstance(message, wire.OpProgress) and message.op_id == op_id
-                                 and message.closed)  # fmt: skip
+        """Wait until an op is closed.  How long that took is another time each time, and is put into `took_us`."""
+        message = self.next_message(lambda message: isinstance(message, wire.OpProgress) and message.op_id == op_id
+                                    and message.closed)  # fmt: skip
+        self.took_us = message.took_us
+        return msgspec.structs.replace(message, took_us=0)
 
     def write(self, op_id: int, count: int, first: int = 1, host_page: int = 0) -> None:
         """Ask for a write of `count` pages."""

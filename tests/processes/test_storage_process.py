@@ -75,7 +75,7 @@ class TestWork:
         rank.send(wire.LookupPages(op_id=2, keys=keys(30)))
         assert rank.end_of(2).pages == 20
         rank.read(3, 20)
-        assert rank.end_of(3).pages == 20
+        assert rank.end_of(3).pages == 20 and rank.took_us > 0, "the rank learns how fast its store is"
         assert rank.pool.buffer[128 * PAGE_BYTES : 148 * PAGE_BYTES] == rank.pool.buffer[: 20 * PAGE_BYTES]
 
     def test_pages_survive_the_process(self, start: Start, tmp_path: Path) -> None:
