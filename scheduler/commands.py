@@ -67,9 +67,8 @@ class Commands:
         self._clearing: dict[str, int] = {}
         #: Those of them that are the second half of a flush.
         self._flushed: set[str] = set()
-        #: Detach commands that the slot works on, and those of them that ended an attachment.
-        self._detaching: set[str] = set()
-        self._ending: set[str] = set()
+        #: Detach commands that the slot works on; for those of them that ended an attachment, the last error by then.
+        self._detaching: dict[str, str | None] = {}
         self._waiting: dict[str, _Waiting] = {}
         #: Leader's clock when the waiting commands were looked at last.
         self._looked_us = 0
@@ -216,22 +215,20 @@ class Commands:
             self._start_detach(command.id, now_us + _us(command.deadline_s))
 
     def _start_detach(self, command_id: str, due_us: int) -> None:
-        self._detaching.add(command_id)
-        if self._tiers.slot.gate() is not None:
-            self._ending.add(command_id)
+        slot = self._tiers.slot
+        self._detaching[command_id] = slot.last_error if slot.gate() is not None else None
         self._failover.detach_begins()
-        self._tiers.incidents.given_up(self._tiers.slot.now_us)
-        self._tiers.carry_out(self._tiers.slot.handle(Detach(command_id, due_us)))
+        self._tiers.incidents.given_up(slot.now_us)
+        self._tiers.carry_out(slot.handle(Detach(command_id, due_us)))
 
     def _detached(self, answer: Answer) -> None:
         """Answer a detach; if it ended an attachment, say what became of the pages."""
         slot, message = self._tiers.slot, "HiCache storage detached successfully."
-        self._detaching.discard(answer.command_id)
+        error_before = self._detaching.pop(answer.command_id, None)
         if answer.detail:
             message += f" Pages held {answer.detail}."
-        if answer.command_id in self._ending:
-            self._ending.discard(answer.command_id)
-            if slot.last_error:  # the commit emptied it: this is how the attachment ended
+        if error_before is not None:
+            if slot.last_error != error_before:  # that one may be of the old store of a switch
                 message += f" It did not end by itself: {slot.last_error}."
             if self._rank == 0:
                 log.info("storage detached: %s", self._tiers.backup.books.since_attach(), extra={"epoch": slot.epoch})
@@ -281,9 +278,10 @@ class Commands:
         return self._clearing
 
     def clear_ended(self, outcome: wire.ClearOutcome) -> None:
-        self._clearing.pop(outcome.command_id, None)
-        # Once more: what this rank wrote after its own clear, another rank's slower clear has deleted again.
-        self._tiers.carry_out(self._tiers.slot.handle(Cleared()))
+        slot = self._tiers.slot
+        if self._clearing.pop(outcome.command_id, None) == slot.gate():
+            # Once more: what this rank wrote after its own clear, another rank's slower clear has deleted again.
+            self._tiers.carry_out(slot.handle(Cleared()))
         reason = outcome.reasons[self._rank]
         self._cleared(outcome.command_id, reason and f"rank {self._rank}: {reason}")
 

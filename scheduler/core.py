@@ -124,7 +124,8 @@ class SchedulerCore:
         self._answer_slot()  # now: the write policy of an attach decides what its upload copies
         self.news.look()
         for op_outcome in plan.ops:
-            self.tiers.op_outcome(op_outcome, self.tick, plan.now_us)
+            with self.status.credited(op_outcome.op_id):
+                self.tiers.op_outcome(op_outcome, self.tick, plan.now_us)
         for clear in plan.clears:
             self.commands.clear_ended(clear)
         for voted in plan.weights:

@@ -39,16 +39,17 @@ def hung(op: Op, seconds: float, late: str) -> str:
 
 def overdue(attachment: StorageAttachment, late: str) -> str:
     """The patience with an attachment is over."""
+    store = f"{attachment.backend}, epoch {attachment.epoch}"  # in a switch there are two
     match attachment.state:
         case State.ATTACHING:
             return f"timeout: not open in time on {late}"
         case State.DRAINING:
             return (
                 f"drain_timeout: the store hangs: {attachment.in_flight} operations did not end before the detach was "
-                "due; they were cut off"
+                f"due; they were cut off ({store})"
             )
         case _:
-            return f"drain_timeout: the store did not close in time on {late}, and its process was killed"
+            return f"drain_timeout: the store did not close in time on {late}, and its process was killed ({store})"
 
 
 def unreaped(reasons: Mapping[int, str]) -> str:

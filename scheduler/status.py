@@ -8,7 +8,8 @@ adds.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from sglang_hicache import wire
 from sglang_hicache.cache.op import COPIES
@@ -22,6 +23,12 @@ from sglang_hicache.scheduler.waiting import WaitingQueue
 
 #: Ops between the host and the store, by the names that the status uses.
 _STORAGE_OPS = ("lookup", "read", "write", "upload")
+
+#: Counters of what an op has moved, or failed to: whoever attached the store meanwhile.
+_MOVED = (
+    "prefetch_prefetched_tokens", "prefetch_storage_transfer_tokens", "prefetch_anchor_lost_tokens",
+    "backup_backuped_tokens", "backup_failed_tokens",
+)  # fmt: skip
 
 
 class RankStatus:
@@ -43,6 +50,8 @@ class RankStatus:
         self._told: Counter[str] = Counter()
         #: By backend: what was counted while it was the last one.
         self._totals: dict[str, Counter[str]] = {}
+        #: By backend: what has ended in it since then although another one serves.
+        self._late: dict[str, Counter[str]] = {}
 
     def begin(self, plan: wire.TickPlan) -> None:
         """Before a plan is applied.  Its outcomes may attach another backend: what was counted until now is not its
@@ -50,7 +59,19 @@ class RankStatus:
         self._tick, self._now_us = plan.number, plan.now_us
         if plan.storage:
             self._backend, self._totals = self._attached(), self._by_backend()
-            self._told = self._storage_counters()
+            self._told, self._late = self._storage_counters(), {}
+
+    @contextmanager
+    def credited(self, op_id: int) -> Iterator[None]:
+        """An outcome is applied.  What an op moved that ends in the old store of a switch is not the new store's."""
+        op = self._tiers.ops.get(op_id)
+        if op is None or op.kind in COPIES or self._tiers.storage.is_present(op):
+            yield
+            return
+        backend, before = self._tiers.storage.backend_of(op), self._storage_counters()
+        yield
+        moved = self._storage_counters() - before
+        self._late.setdefault(backend, Counter()).update({name: n for name, n in moved.items() if name in _MOVED})
 
     def _attached(self) -> str:
         """The backend that counters speak of now: also after its end, for what it leaves behind is counted late."""
@@ -59,8 +80,12 @@ class RankStatus:
 
     def _by_backend(self) -> dict[str, Counter[str]]:
         totals = {backend: Counter(counts) for backend, counts in self._totals.items()}
-        if backend := self._attached():
-            totals.setdefault(backend, Counter()).update(self._storage_counters() - self._told)
+        if attached := self._attached():
+            counted = self._storage_counters() - self._told
+            for backend, late in self._late.items():
+                counted -= late
+                totals.setdefault(backend, Counter()).update(late)
+            totals.setdefault(attached, Counter()).update(counted)
         return totals
 
     def requests(self) -> dict[str, int]:

@@ -69,4 +69,6 @@ def test_a_detach_that_had_to_kill_says_so(busy: bool, caplog: pytest.LogCapture
     if busy:
         assert "1 operations did not end before the detach was due" in words
     else:
-        assert words == "drain_timeout: the store did not close in time on rank 0, 1, and its process was killed"
+        assert words == (
+            "drain_timeout: the store did not close in time on rank 0, 1, and its process was killed (memory, epoch 1)"
+        )

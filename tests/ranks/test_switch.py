@@ -275,6 +275,58 @@ def test_a_request_is_told_the_store_that_its_pages_came_from() -> None:
     assert cached(world, later).storage_backend == "FileBackend"
 
 
+def test_what_ends_late_in_the_old_store_is_counted_there(world: World) -> None:
+    """A write of three pages is whole after the new store has taken over."""
+    hold(world, 1)
+    nobody_waits(world)
+    world.submit(prompt(1, 3), max_new_tokens=1)
+    ticks(world)
+    until_answered(world, attach(world, "/b", switch=True, drain_s=5.0))
+    status = world.ranks[0].core.status
+    assert not status.answer("q").totals["memory"].get("backup_backuped_tokens")
+    for rank in world.ranks:
+        late = rank.core.tiers.ops.of_epoch(1)
+        rank.op_facts += [wire.OpFact(op.id, op.pages, True, True) for op in late if op.kind is OpKind.WRITE]
+        rank.op_facts += [wire.OpFact(op.id, 0, True, True) for op in late if op.kind is not OpKind.WRITE]
+    tick(world)
+    totals = status.answer("q").totals
+    assert totals["memory"]["backup_backuped_tokens"] == 3 * PAGE
+    assert not totals["file"].get("backup_backuped_tokens")
+    world.settle()
+    totals, counters = status.answer("q").totals, status.answer("q").counters
+    assert totals["file"]["backup_backuped_tokens"] == 3 * PAGE, "and it is written to the new one, too"
+    for name, total in counters.items():
+        if name.startswith(("backup_", "prefetch_")):
+            assert sum(of.get(name, 0) for of in totals.values()) == total
+
+
+def test_a_clear_of_the_old_store_leaves_what_the_new_one_holds(world: World) -> None:
+    world.submit(prompt(1, 3), max_new_tokens=1)
+    world.settle()
+    hold(world, 1)
+    clear = world.command(wire.ClearStorage, deadline_s=2.0)
+    until_answered(world, attach(world, "/b", switch=True, drain_s=0.5))
+    world.settle()
+    answer = world.answer(clear)
+    assert not answer.success and "rank 0: the storage was lost, detached or switched" in answer.message
+    tiers = world.ranks[0].core.tiers
+    assert all(node.stored == tiers.storage.tag for node in tiers.controller.tree.nodes())
+    world.check()
+
+
+def test_how_the_old_store_ended_is_not_how_the_new_one_does(world: World) -> None:
+    hold(world, 1)
+    nobody_waits(world)
+    world.submit(prompt(1, 3), max_new_tokens=1)
+    ticks(world)
+    until_answered(world, attach(world, "/b", switch=True, drain_s=0.5))
+    world.settle()
+    assert slot(world).last_error.startswith("drain_timeout: ") and "(memory, epoch 1)" in slot(world).last_error
+    command = detach(world)
+    world.settle()
+    assert world.answer(command).message == "HiCache storage detached successfully."
+
+
 # ----------------------------------------------------------------------------------------------- how long
 
 
