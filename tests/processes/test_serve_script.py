@@ -81,12 +81,16 @@ def test_serve_from_start_to_end(served: Served) -> None:
     assert [rank["state"] for rank in answer["ranks"]] == ["attached", "attached"]
 
     # The lines it prints are lines that work: the admin header comes from its file.
-    lines = [line.strip() for line in served.output.splitlines() if line.strip().startswith("curl ")]
+    printed = [line.strip() for line in served.output.splitlines()]
+    (exports,) = [line for line in printed if line.startswith("export ")]
+    lines = [line for line in printed if line.startswith("curl ") or "/hicachectl' " in line]
     outputs = [
-        subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout for line in lines
+        subprocess.run(["bash", "-c", f"{exports}; {line}"], capture_output=True, text=True, check=True).stdout
+        for line in lines
     ]
     assert json.loads(outputs[0])["text"].strip()
-    assert "flushed" in outputs[1] and "detached" in outputs[3] and "attached" in outputs[4]
+    assert "flushed" in outputs[1] and "storage   attached, file" in outputs[2]
+    assert "switch succeeded" in outputs[3] and "detach succeeded" in outputs[4]
     assert served.stop() == 0
 
 
