@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sglang_hicache.ctl.access import client_of
 from sglang_hicache.ctl.drill import report, session
-from sglang_hicache.ctl.drill.progress import show, tell
+from sglang_hicache.ctl.drill.progress import Voice, show
 from sglang_hicache.ctl.drill.result import Result, Verdict
 from sglang_hicache.ctl.drill.scenario import Scenario
 from sglang_hicache.ctl.drill.scenario_file import read
@@ -64,7 +64,7 @@ def _check_names(scenarios: Sequence[Scenario]) -> None:
 def _run_own(scenarios: Sequence[Scenario]) -> list[Result]:
     """In a folder of their own, which is kept for whoever asks why a drill did not pass."""
     folder = Path(tempfile.mkdtemp(prefix="hicache-drill-"))
-    results = session.run_all_own(scenarios, folder, tell)
+    results = session.run_all_own(scenarios, folder, Voice())
     if all(result.verdict in (Verdict.PASSED, Verdict.SKIPPED) for result in results):
         shutil.rmtree(folder, ignore_errors=True)
     return results
@@ -77,8 +77,9 @@ def _run_foreign(scenarios: Sequence[Scenario], args: argparse.Namespace) -> lis
             f"a drill puts load on {client.url}, breaks its storage and may slow it down for everybody; give "
             "--i-mean-it if that is what you want, or leave --url out: then the drill starts a server of its own"
         )
+    voice = Voice()
     key = os.environ.get(_LOAD_KEY_ENV, "").strip()
-    return [session.run_foreign(found, client, key, tell) for found in scenarios]
+    return [session.run_foreign(found, client, key, voice) for found in scenarios]
 
 
 def _exit_of(results: Sequence[Result]) -> Exit:

@@ -203,11 +203,11 @@ class Load:
 
 def ask_blocking(
     client: StreamClient, question: Question, prompt: list[int], output_tokens: int, *,
-    start_s: float = 0.0, known: int = 0, key: str = "",
+    start_s: float = 0.0, known: int = 0, key: str = "", salt: str = "",
 ) -> Record:  # fmt: skip
-    """One greedy answer of exactly so many tokens."""
+    """One greedy answer of exactly so many tokens.  `salt`: shares no cached page with requests of another salt."""
     sampling = {"temperature": 0, "max_new_tokens": output_tokens, "ignore_eos": True}
-    body = {"input_ids": prompt, "stream": True, "sampling_params": sampling}
+    body = {"input_ids": prompt, "stream": True, "sampling_params": sampling} | ({"cache_salt": salt} if salt else {})
     begin = time.monotonic()
     first: float | None = None
     event: dict = {}
@@ -230,7 +230,8 @@ def ask_blocking(
 
 
 def reference_answers(table: LoadTable, client: StreamClient, *, key: str = "") -> Answers:
-    """Every question once, conversations side by side: what the answers must be."""
+    """Every question once, conversations side by side, and none of them with anything from a cache: what the answers
+    must be."""
     prompts, answers = Prompts(table), {}
     failures: list[str] = []
     numbers = iter(range(table.conversations))
@@ -244,7 +245,8 @@ def reference_answers(table: LoadTable, client: StreamClient, *, key: str = "") 
                 return
             for turn in range(table.turns):
                 question = conversation, turn
-                record = ask_blocking(client, question, prompts.prompt(question, answers), table.output_tokens, key=key)
+                prompt, salt = prompts.prompt(question, answers), f"reference {question}"
+                record = ask_blocking(client, question, prompt, table.output_tokens, key=key, salt=salt)
                 if record.error:
                     failures.append(record.error)
                     return

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from sglang_hicache.ctl.drill.stream import StreamClient
@@ -62,18 +63,24 @@ class OwnServer:
     def start_blocking(self) -> None:
         """Return when it serves."""
         self._starts += 1
-        environment = os.environ | {ALLOW_FAULTY_ENV: "1", "TMPDIR": str(self._folder)}
+        environment = os.environ | {ALLOW_FAULTY_ENV: "1"}
         with open(os.open(self.log_path, os.O_CREAT | os.O_WRONLY, 0o600), "wb") as log:
             # A group of its own: Ctrl-C is for the drill, which then stops the server in order.
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, process_group=0
             )
+        with ExitStack() as unless_it_serves:  # Ctrl-C while it starts must not leave it behind
+            unless_it_serves.callback(self.kill_blocking)
+            self.client = StreamClient(self._url_blocking(), self._key)
+            unless_it_serves.pop_all()
+
+    def _url_blocking(self) -> str:
+        """Where it serves, once it does."""
         deadline = time.monotonic() + _START_TIMEOUT_S
         while (found := _READY.search(self._log())) is None:
             if not self.is_running(_POLL_S) or time.monotonic() > deadline:
-                self.kill_blocking()
                 raise DrillError(f"the drill's server did not start; {self.log_path} ends with:\n{self._log_end()}")
-        self.client = StreamClient(found[1], self._key)
+        return found[1]
 
     def is_running(self, patience_s: float = 0.0) -> bool:
         """Waits so long for its end."""

@@ -7,12 +7,13 @@ up the end; and what is left over is judged last, on a server that is at rest.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from sglang_hicache.ctl.drill import checks
 from sglang_hicache.ctl.drill.load import Answers, Load
 from sglang_hicache.ctl.drill.own_server import DrillError
+from sglang_hicache.ctl.drill.progress import Voice
 from sglang_hicache.ctl.drill.result import Assertion, Result, Verdict
 from sglang_hicache.ctl.drill.scenario import Scenario
 from sglang_hicache.ctl.drill.site import STATUS, OwnSite, Site
@@ -32,7 +33,7 @@ class Drill:
 
     def __init__(
         self, scenario: Scenario, site: Site, answers: Answers, *,
-        is_exact: bool, key: str, tell: Callable[[str], None],
+        is_exact: bool, key: str, voice: Voice,
     ) -> None:  # fmt: skip
         self._scenario = scenario
         self._site = site
@@ -40,7 +41,7 @@ class Drill:
         self._is_exact = is_exact
         self._load = Load(scenario.load, lambda: site.client, answers, key=key)
         self._watch = Watch(lambda: site.client, self._load.now_s)
-        self._timeline = Timeline(scenario, site, self._load, self._watch, tell)
+        self._timeline = Timeline(scenario, site, self._load, self._watch, voice)
 
     def run_blocking(self) -> Result:
         """Everything."""
@@ -84,8 +85,8 @@ class Drill:
         add += checks.of_status(expect, self._watch, site)
         if not isinstance(site, OwnSite):
             add.append(_left_as_found(before, site.status()))
+        left = self._left_over_blocking()
         if expect.no_leak:
-            left = self._left_over_blocking()
             verdict = Verdict.FAILED if left else Verdict.PASSED
             add.append(Assertion("nothing is left over", verdict, "; ".join(left) or "all pages are free or in use"))
 

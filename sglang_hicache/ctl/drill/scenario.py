@@ -32,7 +32,7 @@ class ServerTable(_Record, kw_only=True):
     tp_size: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     #: Flags on top of those that every drill has; "{folder}" is the drill's own folder.
     flags: list[str] = []
-    #: Flags that change what is computed (`--model-path` ...): the server of the reference run gets them as well.
+    #: Flags that change what is computed (`--model-path` ...): drills with other ones do not share a reference.
     model_flags: list[str] = []
     #: Store that is attached before the load begins; of a server that is not the drill's own: the one that is attached.
     store: str = ""

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sglang_hicache.ctl.drill.load import Load
 from sglang_hicache.ctl.drill.own_server import DrillError
+from sglang_hicache.ctl.drill.progress import Voice
 from sglang_hicache.ctl.drill.result import Assertion, Mark, Verdict
 from sglang_hicache.ctl.drill.scenario import (
     STORAGE,
@@ -34,7 +35,7 @@ from sglang_hicache.ctl.drill.scenario import (
     words,
 )
 from sglang_hicache.ctl.drill.site import STATUS, OwnSite, Site
-from sglang_hicache.ctl.drill.watch import Watch
+from sglang_hicache.ctl.drill.watch import Sample, Watch
 from sglang_hicache.ctl.exits import OutcomeUnknown, Refused, Unreachable
 
 #: For what stands before a step: it says when, and promises nothing.
@@ -50,12 +51,12 @@ Outcome = tuple[str, str]
 class Timeline:
     """The steps of one drill."""
 
-    def __init__(self, scenario: Scenario, site: Site, load: Load, watch: Watch, tell: Callable[[str], None]) -> None:
+    def __init__(self, scenario: Scenario, site: Site, load: Load, watch: Watch, voice: Voice) -> None:
         self._scenario = scenario
         self._site = site
         self._load = load
         self._watch = watch
-        self._tell = tell
+        self._voice = voice
         #: Where counting begins for the next condition: time, answers, tokens from storage.
         self._since = (0.0, 0, 0)
         self.marks: list[Mark] = []
@@ -81,7 +82,7 @@ class Timeline:
         limit_s = None if isinstance(step, WaitStep) else _within(step)
         if not problem and limit_s is not None and took_s > limit_s:
             problem = f"it took {took_s:.2f} s; at most {limit_s:g} s are allowed"
-        self._tell(f"{begin_s:7.2f} s  {name}  ({took_s:.2f} s){f': {problem}' if problem else ''}")
+        self._voice.tell(f"{begin_s:7.2f} s  {name}  ({took_s:.2f} s){f': {problem}' if problem else ''}")
         self.marks.append(Mark(begin_s, took_s, name, problem or detail))
         self._judge(step, name, f"{took_s:.2f} s{f'; {detail}' if detail else ''}", problem)
         self._since = (self._load.now_s(), len(self._load.records), self._load.storage_tokens)
@@ -148,6 +149,13 @@ class Timeline:
                 return True
             if time.monotonic() > deadline:
                 return False
+            self._voice.now(f"{self._load.now_s():7.1f} s  waits for {words(condition)}; {self._now(sample)}")
+
+    def _now(self, sample: Sample | None) -> str:
+        """For whoever watches."""
+        failed = sum(bool(record.error) for record in self._load.records)
+        state = f", {sample.state} {sample.backend}" if sample is not None else ""
+        return f"{len(self._load.records)} answers, {failed} failed{state}"
 
     def _holds(self, condition: Condition, status: Mapping[str, Any] | None) -> bool:
         since_s, answers, storage_tokens = self._since

@@ -123,7 +123,8 @@ def test_a_breaker_that_opens_too_often(drill: Drill, server: FakeServer) -> Non
         return taken(method, path, body)
 
     server.answer = answer
-    assert red(drill(SCENARIO + "[expect]\ntrips = 1\n")) == ["times that the breaker opened"]
+    ran = drill(SCENARIO + "after = { seconds = 0.3 }\n[expect]\ntrips = 1\n")
+    assert red(ran) == ["times that the breaker opened"]
 
 
 STEPS = [
