@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -76,6 +77,14 @@ def process_wide_descriptors() -> None:
 def what_is_imported_stays() -> None:
     """A search for garbage need not walk through all of torch, which hundreds of leak checks would pay for."""
     gc.freeze()
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pytest's own, by a shorter name: servers have sockets in it, whose paths may have 107 bytes, and two files of
+    tests at a time make it longer."""
+    name = re.sub(r"\W", "_", request.node.name.removeprefix("test_"))
+    return tmp_path_factory.mktemp(name[:12])
 
 
 @pytest.fixture(autouse=True)

@@ -114,7 +114,7 @@ class SyntheticServer:
             if isinstance(message, wire.OutputBatch):
                 for output in message.outputs:
                     self._take(output)
-            else:
+            elif not isinstance(message, wire.StorageNews):  # the status tells what is attached
                 self._unread.append(message)
 
     def _take(self, output: wire.RequestOutput) -> None:
