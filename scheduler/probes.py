@@ -18,7 +18,6 @@ import msgspec
 from sglang_hicache import wire
 from sglang_hicache.errors import ProtocolError, UserError
 from sglang_hicache.observe import without_secrets
-from sglang_hicache.scheduler.storage_driver import LAST_WORDS_US
 from sglang_hicache.sockets import Poller, Pull
 from sglang_hicache.storage.diagnosis import Diagnosis, diagnose
 from sglang_hicache.workers.storage_client import StorageClient
@@ -57,8 +56,6 @@ class _Probe:
     deadline_us: int | None
     #: How far it came, as it last told.
     report: wire.DryRunReport = _NOTHING_YET
-    #: Once it has ended without a word: clock until which its last words are waited for.
-    hear_until_us: int | None = None
     #: What the poller wakes for.
     watched: list[Pull | int] = field(default_factory=list)
 
@@ -110,7 +107,7 @@ class Probes:
             self._hear(probe)
             if probe.client.exited():
                 self._hear(probe)  # its last words may have come after the first look
-                self._ended(probe, now_us)
+                self._ended(probe)
             elif probe.deadline_us is not None and now_us >= probe.deadline_us:
                 self._give_up(probe, _HUNG)
         reports, self._reports = self._reports, []
@@ -120,8 +117,7 @@ class Probes:
         """When to look although nothing has arrived."""
         if self._reports:
             return 0
-        times = [p.deadline_us if p.hear_until_us is None else p.hear_until_us for p in self._probes]
-        return min((at for at in times if at is not None), default=None)
+        return min((p.deadline_us for p in self._probes if p.deadline_us is not None), default=None)
 
     def close(self) -> None:
         """At the very end: nothing of what is left may outlive the rank."""
@@ -144,7 +140,7 @@ class Probes:
             else:
                 probe.deadline_us = None
                 self._reports.append((probe.key, message.report))
-                probe.client.kill()  # it has cleaned up before it spoke, and must not hang on its way out
+                probe.client.kill()  # it has cleaned up, and waits for this
 
     def _give_up(self, probe: _Probe, why: Diagnosis) -> None:
         probe.client.kill()
@@ -152,15 +148,9 @@ class Probes:
             probe.deadline_us = None
             self._fail(probe.key, why, probe.report)
 
-    def _ended(self, probe: _Probe, now_us: int) -> None:
-        """The process is gone.  What it said may still be on its way, unless it was killed."""
+    def _ended(self, probe: _Probe) -> None:
+        """The process is gone.  It does not go by itself before its report has been heard."""
         status = probe.client.reap()
-        if probe.deadline_us is not None and status is not None and status >= 0:
-            if probe.hear_until_us is None:
-                probe.hear_until_us = now_us + LAST_WORDS_US
-                self._unwatch_end(probe)
-            if now_us < probe.hear_until_us:
-                return
         for thing in probe.watched:
             self._poller.unregister(thing)
         probe.client.close()
@@ -170,12 +160,6 @@ class Probes:
             code = "killed" if status == -signal.SIGKILL else "crashed"
             why = Diagnosis(code, f"the process of the try has ended without a word ({how}); look into its log")
             self._fail(probe.key, why, probe.report)
-
-    def _unwatch_end(self, probe: _Probe) -> None:
-        """It has been seen, and would wake the loop again and again."""
-        for thing in [thing for thing in probe.watched if isinstance(thing, int)]:
-            self._poller.unregister(thing)
-            probe.watched.remove(thing)
 
     def _fail(self, key: Key, why: Diagnosis, report: wire.DryRunReport = _NOTHING_YET) -> None:
         log.warning("a try of a store failed: %s", why, extra={"command": str(key)})

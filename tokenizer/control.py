@@ -16,7 +16,7 @@ from sglang_hicache.tokenizer.operations import SERVER, Caller, Operation, Opera
 from sglang_hicache.tokenizer.ranks_desk import Order, Outcome, RanksDesk, new_id
 from sglang_hicache.tokenizer.state_file import StateFile
 from sglang_hicache.tokenizer.trail import Trail
-from sglang_hicache.wire import AttachStorage, CancelCommand, DetachStorage, StorageNews
+from sglang_hicache.wire import AttachStorage, CancelCommand, DetachStorage, DryRunStorage, StorageNews
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,13 @@ class Control:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(target.ended.wait(), GIVEN_UP_S)
         return cancel
+
+    async def give_up_dry_runs(self) -> None:
+        """The server ends: whether another store would work need not be known any more."""
+        for operation in self.operations.running():
+            if isinstance(operation.order, DryRunStorage):
+                with contextlib.suppress(NotCancellable):  # it has ended while another one was given up
+                    await self.cancel(operation, SERVER)
 
     def news(self, news: StorageNews) -> None:
         """Another storage is attached than before, or none.  What a command has done, its operation tells."""

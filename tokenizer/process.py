@@ -192,6 +192,7 @@ async def stop_in_order(services: Services, hurry: asyncio.Event) -> int:
 async def drain(services: Services) -> None:
     """From "no new requests" to "the leader has been told to leave"."""
     log.info("stopping: %d requests in flight", services.requests.in_flight)
+    await services.control.give_up_dry_runs()
     try:
         await asyncio.wait_for(services.requests.wait_idle(), services.config.http.drain_timeout_s)
     except TimeoutError:

@@ -340,12 +340,15 @@ def serve_blocking(bootstrap: Bootstrap) -> int:
 
 
 def dry_run_blocking(bootstrap: Bootstrap) -> int:
-    """Try the backend out and say what was found; the exit status."""
+    """Try the backend out and say what was found; then the rank ends this process.  Left to itself it might be gone
+    before a busy machine has sent its last words, and nobody would know why the store cannot be used."""
     _, from_name = socket_names(bootstrap.open)
     push = Push(ipc_address(bootstrap.run_dir, from_name), wire.FromStorage, bind=False)
     dry_run = DryRun(bootstrap.open, lambda report: push.send(wire.DryRunDone(report=report, is_last=False)))
     try:
         push.send(wire.DryRunDone(report=dry_run.run_blocking()))
+        while os.read(CONFIG_FD, 1):
+            pass
     finally:
         push.close()
     return 0

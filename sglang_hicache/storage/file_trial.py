@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -26,8 +27,8 @@ from sglang_hicache.storage.file_folder import (
 from sglang_hicache.storage.file_pages import TMP
 from sglang_hicache.storage.settings import FileSettings
 
-#: In `tmp/`: the folders that a trial has made, the innermost first.  Of several ranks that try a new folder at once
-#: the last one to leave is not always the one that made it.
+#: In the outermost folder that a trial has made: whatever is empty from there on goes.  Of several ranks that try a new
+#: folder at once the last one to leave is not always the one that made it.
 _MADE = "made-by-trial"
 
 
@@ -47,46 +48,58 @@ def trial_blocking(settings: FileSettings, context: OpenContext) -> Iterator[Fil
     """A backend that is not open yet, for as long as it is tried; what was made for it goes with it."""
     settings = with_environment(settings)
     root = storage_folder(settings.file_storage_path)
-    try:
-        place = _move_in(root, context.rank)
-    except OSError as error:
-        raise fault(f"cannot use {root} as storage folder", error) from error
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_what_was_made, root)
+        try:
+            place = _move_in(root, context.rank)
+        except OSError as error:
+            raise fault(f"cannot use {root} as storage folder", error) from error
+        stack.callback(place.close)
         own = msgspec.structs.replace(settings, file_storage_path=str(place.path / "store"))
         yield _Trial(own, context, root)
-    finally:
-        place.close()
-        with contextlib.suppress(OSError):
-            _remove_what_was_made(root)
 
 
 def _move_in(root: Path, rank: int) -> TemporaryFolder:
     """A temporary folder in the store, which is made if there is none."""
-    missing = [folder for folder in (root / TMP, root, *root.parents) if not folder.exists()]
-    with contextlib.ExitStack() as undo:
-        undo.callback(_remove, missing)
-        make_private(root)
-        refuse_unsafe(root)
-        make_private(root / TMP)
-        if missing:
-            with contextlib.suppress(FileExistsError), open(root / TMP / _MADE, "x", encoding="utf-8") as note:
-                note.write("\n".join(map(str, missing)))
-        place = TemporaryFolder.create(root / TMP, rank)
-        undo.pop_all()
-    return place
+    missing = [folder for folder in _from_inside(root) if not folder.exists()]
+    if missing and _noted(root) is None:
+        _make_outermost(missing[-1])
+    make_private(root)
+    refuse_unsafe(root)
+    make_private(root / TMP)
+    return TemporaryFolder.create(root / TMP, rank)
+
+
+def _make_outermost(folder: Path) -> None:
+    """With its note from the first moment on: a rank that finds it must find both."""
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    (made / _MADE).touch(mode=0o600)
+    try:
+        made.rename(folder)
+    except OSError:  # another rank was faster
+        (made / _MADE).unlink()
+        made.rmdir()
 
 
 def _remove_what_was_made(root: Path) -> None:
     """The last of several trials leaves no folder where there was none; somebody who has begun to use it keeps it."""
-    note = root / TMP / _MADE
-    if os.listdir(root / TMP) == [_MADE]:
-        made = note.read_text(encoding="utf-8").splitlines()
-        note.unlink()
-        _remove(map(Path, made))
-
-
-def _remove(folders: Iterable[Path]) -> None:
-    """The innermost first, and none that has something in it."""
     with contextlib.suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
+        outermost = _noted(root)
+        for folder in _from_inside(root) if outermost else ():
+            if folder == outermost:
+                if os.listdir(folder) == [_MADE]:
+                    (folder / _MADE).unlink()
+                    folder.rmdir()
+                return
+            if folder.exists():
+                folder.rmdir()
+
+
+def _noted(root: Path) -> Path | None:
+    """The folder with the note, if a trial has made this store or a folder around it."""
+    return next((folder for folder in _from_inside(root) if (folder / _MADE).exists()), None)
+
+
+def _from_inside(root: Path) -> tuple[Path, ...]:
+    """The folders of a store that may have to be made, the innermost first."""
+    return (root / TMP, root, *root.parents)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,30 @@ def test_failing_server_tells_its_clients_and_leaves(tokenizer: Tokenizer) -> No
         tokenizer.process.send_signal(signal.SIGTERM)
         assert connection.recv(65536).startswith(b"HTTP/1.1 503")
         assert tokenizer.wait() == 1
+
+
+def test_a_dry_run_under_way_does_not_hold_the_end_up(tokenizer: Tokenizer) -> None:
+    """Nobody needs its result any more; its caller was cut off, with a traceback, when all else was done."""
+    tokenizer.start()
+    order = {"hicache_storage_backend": "memory", "dry_run": True}
+
+    def hear(rank: int, message: Any) -> None:
+        if not isinstance(message, wire.CancelCommand):
+            tokenizer.answer(rank, message)
+            return
+        for command_id, success in ((message.target, False), (message.id, True)):
+            tokenizer.say(rank, wire.CommandAnswer(id=command_id, rank=rank, success=success, message="given up"))
+
+    with tokenizer.ready() as client, ThreadPoolExecutor(1) as hands:
+        asked = hands.submit(client.put, "/hicache/storage-backend", json=order, headers=ADMIN)
+        tokenizer.until(wire.DryRunStorage, hear)
+        assert tokenizer.process is not None
+        tokenizer.process.send_signal(signal.SIGTERM)
+        tokenizer.until(wire.CancelCommand, hear)
+        tokenizer.until(wire.Shutdown, hear)
+        assert tokenizer.wait() == 0
+        assert asked.result(PATIENCE_S).status_code == 400
+    assert "Traceback" not in tokenizer.log_text()
 
 
 def test_a_second_sigterm_ends_the_drain(tokenizer: Tokenizer) -> None:

@@ -193,10 +193,12 @@ class TestTraces:
         assert dry_run("file", {"file_storage_path": str(root)}).failed_step == ""
         assert os.listdir(root) == []
 
-    def test_of_several_ranks_the_last_one_takes_the_folder_with_it(self, root: Path) -> None:
-        settings = FileSettings(file_storage_path=str(root))
-        first = registry.trial_blocking("file", settings, context(0))
-        second = registry.trial_blocking("file", settings, context(1))
+    @pytest.mark.parametrize("places", [("", ""), ("deep/down", "deep/down"), ("deep/0", "deep/1"), ("a", "a/b")])
+    def test_of_several_ranks_the_last_one_takes_the_folder_with_it(self, root: Path, places: tuple[str, str]) -> None:
+        first, second = (
+            registry.trial_blocking("file", FileSettings(file_storage_path=str(root / place)), context(rank))
+            for rank, place in enumerate(places)
+        )
         first.__enter__()
         second.__enter__()
         first.__exit__(None, None, None)
