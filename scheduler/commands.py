@@ -127,6 +127,8 @@ class Commands:
             self._answer(command.id, True, same)
             return
         self._attaching[command.id] = command
+        if command.keeps_trying:
+            self._apply_policies(command)  # whichever try succeeds, it is no longer this command that does
         config = command.extra_config_json or "{}"
         _, settings = registry.validate_extra_config(command.backend, config)
         late_io, due_us = registry.late_io(command.backend, settings), now_us + _us(command.deadline_s)
