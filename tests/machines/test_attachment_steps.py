@@ -9,6 +9,7 @@ from sglang_hicache.storage.attachment_events import (
     Admitted,
     Answer,
     Attach,
+    Cancel,
     Cleared,
     Detach,
     FreeOps,
@@ -176,6 +177,61 @@ def test_a_loss_of_the_old_one_does_not_stop_the_new_one(rig: Rig) -> None:
     assert rig.slot.gate() is None
     assert rig.outcome("commit", 2) == [Answer("s", Verdict.OK)]
     assert (rig.slot.gate(), rig.slot.retiring.epoch) == (2, 1)
+
+
+# ------------------------------------------------------------------------------------------ how long
+
+
+def test_an_opening_one_has_the_time_of_its_command_and_an_open_one_none(rig: Rig) -> None:
+    rig.slot.handle(Attach("a", "file", SECRET, due_us=7))
+    assert rig.slot.next_deadline_us() == 7
+    rig.outcome("commit")
+    assert rig.slot.next_deadline_us() is None
+
+
+def test_the_drain_of_a_switch_begins_at_the_commit(rig: Rig) -> None:
+    rig.attach()
+    rig.admit()
+    rig.slot.handle(Switch("s", "memory", "{}", due_us=500, drain_us=30))
+    rig.slot.now_us = 400
+    rig.outcome("commit", 2)
+    assert (rig.slot.retiring.due_us, rig.slot.current.due_us) == (430, None)
+
+
+@pytest.mark.parametrize("ops", [0, 1])
+def test_a_later_detach_brings_the_end_nearer_and_never_moves_it_away(rig: Rig, ops: int) -> None:
+    rig.attach()
+    rig.admit(ops)
+    for due_us, expected in ((None, None), (900, 900), (500, 500), (700, 500), (None, 500)):
+        rig.slot.handle(Detach(f"due {due_us}", due_us))
+        assert rig.slot.next_deadline_us() == expected
+    assert rig.slot.face() is (State.DRAINING if ops else State.DETACHING)
+
+
+def test_after_a_kill_only_the_reap_is_waited_for(rig: Rig) -> None:
+    rig.attach()
+    rig.admit()
+    rig.slot.handle(Detach("d", 5))
+    rig.outcome("deadline")
+    rig.slot.handle(Detach("e", 3))
+    assert rig.slot.next_deadline_us() is None
+
+
+def test_a_cancel_gives_up_what_is_opening_for_that_command_alone(rig: Rig) -> None:
+    rig.attach()
+    rig.slot.handle(Switch("s", "memory", "{}", due_us=9))
+    assert rig.slot.handle(Cancel("another")) == rig.slot.handle(Cancel("")) == []
+    assert rig.slot.handle(Cancel("s")) == [Kill(2)]
+    assert rig.slot.handle(Cancel("s")) == []
+    assert rig.outcome("reaped", 2) == [Answer("s", Verdict.FAILED, "cancelled")]
+    assert (rig.slot.gate(), rig.slot.last_error) == (1, "")
+
+
+def test_time_is_mixed_into_the_digest() -> None:
+    rigs = [in_state(State.DRAINING), in_state(State.DRAINING)]
+    for rig, due_us in zip(rigs, (5, 6), strict=True):
+        rig.slot.handle(Detach("d", due_us))
+    assert rigs[0].digest.mixed != rigs[1].digest.mixed
 
 
 # ------------------------------------------------------------------------- digest, story, repr, leader
