@@ -6,7 +6,7 @@ import json
 
 from sglang_hicache import wire
 from sglang_hicache.storage.attachment import StorageSlot
-from tests.ranks.test_failure_modes import tick
+from tests.ranks.reads import tick
 from tests.ranks.world import PlayedStorage, Store, World
 
 #: Of the plan's clock, from one tick to the next.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from sglang_hicache import wire
 from sglang_hicache.cache.breaker import Trust
 from sglang_hicache.scheduler.failover import Failover
-from tests.ranks.test_failure_modes import tick
+from tests.ranks.reads import tick
 from tests.ranks.world import World, server_config
 
 S = 1_000_000

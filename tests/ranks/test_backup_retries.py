@@ -24,8 +24,8 @@ from tests.ranks.backups import (
     ticks,
     world_with_storage,
 )
-from tests.ranks.test_failure_modes import ATTACH as FETCHING
-from tests.ranks.test_failure_modes import cached
+from tests.ranks.reads import cached
+from tests.ranks.reads import world_with_storage as reader
 from tests.ranks.world import PAGE, World, server_config
 
 
@@ -230,20 +230,13 @@ def warm_store(pages: int, *missing: int) -> dict:
     return world.store
 
 
-def fresh_server(store: dict) -> World:
-    world = World(0, 2, fault_rate=0.0)
-    world.store = store
-    attach(world, **FETCHING, prefetch_policy="wait_complete")
-    return world
-
-
 def test_fm40_a_hole_in_the_middle_heals_and_what_lies_behind_it_is_found_again() -> None:
-    world = fresh_server(warm_store(8, 3))
+    world = reader(store=warm_store(8, 3))
     rid = world.submit(prompt(1, 8), max_new_tokens=1)
     world.settle()
     assert cached(world, rid).storage == 3 * PAGE, "nothing is read from behind the hole"
     assert stored(world, prompt(1, 8)) == 8 and is_prefix_closed(world)
-    again = fresh_server(world.store)
+    again = reader(store=world.store)
     rid = again.submit(prompt(1, 8), max_new_tokens=1)
     again.settle()
     assert cached(again, rid).storage == 8 * PAGE

@@ -28,7 +28,7 @@ from tests.ranks.backups import (
     ticks,
     world_with_storage,
 )
-from tests.ranks.test_failure_modes import ATTACH as FETCHING
+from tests.ranks.reads import ATTACH as FETCHING
 from tests.ranks.world import PAGE, World, server_config
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sglang_hicache import wire
 from sglang_hicache.cache.op import OpKind
 from sglang_hicache.workers.batch import ForwardBatch
-from tests.ranks.test_failure_modes import tick, world_with_storage
+from tests.ranks.reads import tick, world_with_storage
 from tests.ranks.world import SimRank, World, server_config
 
 PROMPT = [5, 3, 1] * 9

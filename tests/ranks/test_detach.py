@@ -10,14 +10,8 @@ from sglang_hicache import wire
 from sglang_hicache.cache.op import OpKind, OpPhase
 from sglang_hicache.storage.attachment_events import State
 from tests.ranks.control import attach, detach, ended, hold, moment, processes, slot, until_answered
-from tests.ranks.test_failure_modes import (
-    BLOCKERS,
-    PROMPT,
-    cached,
-    tick,
-    warm_store,
-    world_with_storage,
-)
+from tests.ranks.reads import PROMPT, cached, tick, warm_store, world_with_storage
+from tests.ranks.test_failure_modes import BLOCKERS
 from tests.ranks.world import PAGE, World
 
 #: The 0.5 s in which a killed process is expected to go, and some ticks.

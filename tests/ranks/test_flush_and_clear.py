@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sglang_hicache import wire
-from tests.ranks.test_failure_modes import PROMPT, cached, process, tick, world_with_storage
+from tests.ranks.reads import PROMPT, cached, process, tick, world_with_storage
 from tests.ranks.world import World
 
 HALF = "L1 and L2 were flushed, but the storage was not cleared: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sglang_hicache import wire
-from tests.ranks.test_failure_modes import PROMPT, process, tick, warm_store, world_with_storage
+from tests.ranks.reads import PROMPT, process, tick, warm_store, world_with_storage
 from tests.ranks.world import World
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sglang_hicache import wire
 from sglang_hicache.cache.page import encode_tokens
 from tests.ranks.backups import prompt
-from tests.ranks.test_failure_modes import tick, world_with_storage
+from tests.ranks.reads import tick, world_with_storage
 from tests.ranks.world import PAGE, World, server_config
 
 

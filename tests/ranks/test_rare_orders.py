@@ -6,7 +6,7 @@ from sglang_hicache import wire
 from sglang_hicache.cache.backup_pace import MAX_WRITES
 from sglang_hicache.scheduler.request import PROBE_PREFIX
 from sglang_hicache.storage.attachment_events import State
-from tests.ranks.test_failure_modes import PROMPT, process, tick, warm_store, world_with_storage
+from tests.ranks.reads import PROMPT, process, tick, warm_store, world_with_storage
 from tests.ranks.world import PAGE, World, server_config
 
 

@@ -23,7 +23,7 @@ from tests.ranks.control import (
     store,
     until_answered,
 )
-from tests.ranks.test_failure_modes import PROMPT, cached, tick, warm_store, world_with_storage
+from tests.ranks.reads import PROMPT, cached, tick, warm_store, world_with_storage
 from tests.ranks.world import PAGE, World, server_config
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from sglang_hicache import wire
 from sglang_hicache.cache.page import namespace_seed, page_keys
-from tests.ranks.test_failure_modes import PROMPT, cached, world_with_storage
+from tests.ranks.reads import PROMPT, cached, world_with_storage
 from tests.ranks.world import PAGE, World
 
 #: (extra_key, cache_salt) of tenants that are all different; the pairs that only a length tells apart among them.

@@ -17,7 +17,7 @@ from sglang_hicache import wire
 from sglang_hicache.cache.tiers import Tiers
 from sglang_hicache.errors import IntegrityError
 from sglang_hicache.scheduler.weights_update import WeightsUpdate
-from tests.ranks.test_failure_modes import ATTACH, PROMPT, cached, tick, world_with_storage
+from tests.ranks.reads import ATTACH, PROMPT, cached, tick, world_with_storage
 from tests.ranks.test_ranks_agree import traffic
 from tests.ranks.world import SimRank, World, next_token, server_config
 
