@@ -28,12 +28,14 @@ def _divided(reason: str) -> tuple[str, str]:
     return (code, text) if colon and code in CODES else ("", reason)
 
 
-def hung(op: Op, seconds: float, late: str) -> str:
-    """An op of what is attached did not end."""
+def hung(attachment: StorageAttachment, op: Op, seconds: float, late: str) -> str:
+    """An op did not end."""
+    is_attached = attachment.state is State.ATTACHED
+    after = "storage is detached, attach it again when the store answers" if is_attached else "it was being taken out"
     kind = "an upload" if op.kind is OpKind.UPLOAD else f"a {op.kind.name.lower()}"
     return (
         f"hung: the store hangs: {kind} of {op.pages} pages did not end within {seconds:g} s on "
-        f"{late} (op {op.id}); storage is detached, attach it again when the store answers"
+        f"{late} (op {op.id}); {after}"
     )
 
 

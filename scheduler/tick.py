@@ -111,7 +111,8 @@ class Ledger:
             said = self._clears.get(command_id, {})
             is_over = command_id in overdue or core.tiers.slot.gate() != epoch
             if len(said) == self._ranks or is_over:
-                why = "not cleared in time" if command_id in overdue else "the storage was lost, detached or switched meanwhile"
+                gone = "the storage was lost, detached or switched meanwhile"
+                why = "not cleared in time" if command_id in overdue else gone
                 reasons = tuple(said.get(rank, why) for rank in range(self._ranks))
                 outcomes.append(wire.ClearOutcome(command_id, reasons))
         self._clears = {k: v for k, v in self._clears.items() if k in clearing}
@@ -291,7 +292,7 @@ class Leader:
             stuck = [op for op in core.tiers.ops.of_epoch(epoch) if op.deadline_us and now_us >= op.deadline_us]
             if stuck:
                 late = self._others(ledger.closed_by(stuck[0].id))
-                return "lost", endings.hung(stuck[0], self._config.storage.op_timeout_s, late)
+                return "lost", endings.hung(attachment, stuck[0], self._config.storage.op_timeout_s, late)
         if attachment.due_us is not None and now_us >= attachment.due_us:
             heard = "opened" if state is State.ATTACHING else "reaped"
             return "deadline", endings.overdue(attachment, self._others(ledger.said(heard, epoch)))

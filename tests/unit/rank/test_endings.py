@@ -27,7 +27,8 @@ def test_the_code_of_the_first_rank_that_has_one_comes_first(reasons: dict[int, 
 
 def test_every_end_begins_with_a_code() -> None:
     attachment = StorageAttachment(3, "file", "{}", late_io=False, command_id="", in_flight=2)
-    texts = [endings.unreaped({0: "pid 7"}), endings.hung(Op(1, OpKind.READ, 3, 6), 30.0, endings.named([0, 2]))]
+    read, late = Op(1, OpKind.READ, 3, 6), endings.named([0, 2])
+    texts = [endings.unreaped({0: "pid 7"}), endings.hung(attachment, read, 30.0, late)]
     for state in (State.ATTACHING, State.DRAINING, State.DETACHING):
         attachment.state = state
         texts.append(endings.overdue(attachment, "rank 1"))
@@ -36,4 +37,6 @@ def test_every_end_begins_with_a_code() -> None:
     ]  # fmt: skip
     assert {text.partition(":")[0] for text in texts} <= set(CODES)
     assert "a read of 6 pages did not end within 30 s on rank 0, 2 (op 1)" in texts[1]
+    attachment.state = State.ATTACHED
+    assert "attach it again" in endings.hung(attachment, read, 30.0, late) and "attach it again" not in texts[1]
     assert all("(file, epoch 3)" in text for text in texts[3:])
