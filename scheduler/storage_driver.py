@@ -212,6 +212,7 @@ class StorageDriver:
                 self._tell("opened", epoch, "\n".join(f"{name}={value}" for name, value in message.info.items()))
             case wire.BackendOpenFailed():
                 process.told = "could not open"
+                process.client.stop()  # it waits for that
                 self._tell("open_failed", epoch, message.reason)
             case wire.OpProgress():
                 code = message.reason.partition(":")[0]

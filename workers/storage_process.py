@@ -326,6 +326,7 @@ def serve_blocking(bootstrap: Bootstrap) -> int:
             found = diagnose(error, opened.backend)
             _logger.warning("cannot attach: %s", found)
             push.send(wire.BackendOpenFailed(epoch=opened.epoch, reason=without_secrets(str(found))))
+            _wait_until_let_go_blocking()
             return EXIT_OPEN_FAILED
         _logger.info("attached %r", store.backend, extra={"epoch": opened.epoch})
         outbox = Outbox(push)
@@ -339,16 +340,21 @@ def serve_blocking(bootstrap: Bootstrap) -> int:
         push.close()
 
 
+def _wait_until_let_go_blocking() -> None:
+    """The rank lets go when it has heard our last words.  If we were gone before a busy machine has sent them, nobody would
+    know why the store cannot be used."""
+    while os.read(CONFIG_FD, 1):
+        continue
+
+
 def dry_run_blocking(bootstrap: Bootstrap) -> int:
-    """Try the backend out and say what was found; then the rank ends this process.  Left to itself it might be gone
-    before a busy machine has sent its last words, and nobody would know why the store cannot be used."""
+    """Try the backend out and say what was found; the exit status."""
     _, from_name = socket_names(bootstrap.open)
     push = Push(ipc_address(bootstrap.run_dir, from_name), wire.FromStorage, bind=False)
     dry_run = DryRun(bootstrap.open, lambda report: push.send(wire.DryRunDone(report=report, is_last=False)))
     try:
         push.send(wire.DryRunDone(report=dry_run.run_blocking()))
-        while os.read(CONFIG_FD, 1):
-            pass
+        _wait_until_let_go_blocking()
     finally:
         push.close()
     return 0

@@ -65,6 +65,8 @@ class Rank:
                     return message
             assert time.monotonic() < deadline, f"nothing came; heard so far: {self.heard}"
             messages = self.client.receive()
+            if any(isinstance(message, wire.BackendOpenFailed) for message in messages):
+                self.client.stop()  # as a rank does
             self._unread += messages
             self.heard += messages
             if not messages:

@@ -40,7 +40,7 @@ def test_a_refused_open_is_followed_by_the_reap_and_is_not_lost(storage):
     found = facts(storage)
     assert kinds(found) == ["open_failed", "reaped", "quiet"]
     assert found.storage[0].detail == "no such host"
-    assert client.did == ["reap", "close"]
+    assert client.did == ["stop", "reap", "close"]
 
 
 @pytest.mark.parametrize("refusal", [OSError("no memory"), UserError("too long")])
