@@ -20,6 +20,7 @@ from sglang_hicache.scheduler.failover import Failover
 from sglang_hicache.scheduler.request import RequestState
 from sglang_hicache.scheduler.served import Served
 from sglang_hicache.scheduler.waiting import WaitingQueue
+from sglang_hicache.storage.attachment_events import State
 
 #: Ops between the host and the store, by the names that the status uses.
 _STORAGE_OPS = ("lookup", "read", "write", "upload")
@@ -103,16 +104,18 @@ class RankStatus:
         tiers, slot, controller = self._tiers, self._tiers.slot, self._tiers.controller
         now_us = max(now_us, self._now_us)
         breaker = self._failover.status(now_us)
+        # During a switch one store serves from begin to end: who watches must not take that for an outage.
+        shown = slot.current if slot.gate() is not None else slot.foremost()
         return wire.StatusAnswer(
             id=query_id,
             rank=self._rank,
-            state=slot.face().value,
-            epoch=slot.epoch,
-            backend=slot.backend,
+            state=(shown.state if shown else State.DETACHED).value,
+            epoch=shown.epoch if shown else slot.last_epoch,
+            backend=shown.backend if shown else "",
             in_flight={kind: n for kind, n in tiers.ops.counts().items() if kind in _STORAGE_OPS},
             queued_backups=len(tiers.backup),
             quarantined_pages=tiers.quarantine.pages,
-            extra_config_json=slot.extra_config_json,
+            extra_config_json=shown.extra_config_json if shown else "",
             last_error=slot.last_error,
             prefetch_policy=tiers.prefetcher.policy,
             write_policy=controller.write_policy,

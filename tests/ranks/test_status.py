@@ -5,6 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from sglang_hicache import wire
+from tests.ranks.control import attach, moment
+from tests.ranks.reads import world_with_storage
 from tests.ranks.test_ranks_agree import play
 from tests.ranks.world import PAGE, World, server_config
 
@@ -28,6 +30,19 @@ def test_all_ranks_tell_the_same() -> None:
         )
     for kind in ("lookup", "read", "write", "load_back", "write_through"):
         assert seen[f"op_duration_seconds/{kind}"] > 0, kind
+
+
+def test_a_switch_is_no_outage() -> None:
+    """Whoever watches `state` would be woken up by each switch if it told of what opens, or of what drains."""
+    world = world_with_storage(device_pages=200, host_pages=200)
+    switch = attach(world, "/b", switch=True)
+    seen: dict[tuple[str, str, int], int] = {}
+    while not any(answer.id == switch for answer in world.ranks[0].answers):
+        moment(world)
+        said = world.ranks[0].core.status.answer("q")
+        place = said.state, said.backend, said.epoch
+        seen[place] = max(seen.get(place, 0), len(said.places))
+    assert seen == {("attached", "memory", 1): 2, ("attached", "file", 2): 2}
 
 
 def _stored(world: World) -> dict[str, int]:
