@@ -64,7 +64,7 @@ def _show(status: dict[str, Any], incidents: list[dict[str, Any]], url: str, scr
     screen.lines(table(_RANK_HEADINGS, map(_rank_row, ranks)))
     places = [(rank["rank"], place) for rank in ranks for place in rank.get("places", [])]
     if any(place["role"] != "current" for _, place in places):
-        screen.heading("attachments (a change is under way)")
+        screen.heading("attachments: a change is under way")
         screen.lines(table(_PLACE_HEADINGS, (_place_row(rank, place) for rank, place in places)))
     if status["operation"]:
         screen.heading("running operations")
