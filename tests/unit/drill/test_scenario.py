@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
 import pytest
 
-from sglang_hicache.ctl.drill import scenario
-from sglang_hicache.ctl.drill.scenario import Condition, Scenario, title
+from sglang_hicache.ctl.drill.scenario import Condition
 from sglang_hicache.ctl.drill.scenario_file import parse, read
 from sglang_hicache.errors import UserError
 from sglang_hicache.storage.registry import ALLOW_FAULTY_ENV
-
-ROOT = Path(__file__).resolve().parents[3]
-SHIPPED = sorted((ROOT / "scripts" / "drills").glob("*.toml"))
-#: What the project promises to ship.
-NAMES = {
-    "hung-backend", "slow-backend", "flapping", "disk-full", "kill-storage-process", "kill-redis",
-    "failover-and-back", "hot-upgrade", "bad-config", "restart-warm",
-}  # fmt: skip
 
 BASE = """
 name = "base"
@@ -33,23 +23,6 @@ WAIT = '[[timeline]]\ndo = "wait"\nuntil = { requests = 5 }\n'
 @pytest.fixture(autouse=True)
 def saboteur_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ALLOW_FAULTY_ENV, "1")
-
-
-def test_all_of_the_promised_drills_are_shipped() -> None:
-    assert {path.stem for path in SHIPPED} == NAMES
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_shipped_drill_is_valid_and_has_a_short_form_that_is_shorter(path: Path) -> None:
-    full, short = read(path, is_short=False), read(path, is_short=True)
-    assert full.name == path.stem
-    assert _requests(short) < _requests(full)
-    assert [title(step) for step in short.timeline if step.name] == [title(step) for step in full.timeline if step.name]
-
-
-def _requests(found: Scenario) -> int:
-    conditions = [step.until for step in found.timeline if isinstance(step, scenario.WaitStep)]
-    return sum(condition.requests or 0 for condition in conditions)
 
 
 def test_short_forms_lie_over_what_they_name() -> None:
@@ -122,16 +95,3 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text(BASE)
     with pytest.raises(UserError, match="bad.toml: .*timeline"):
         read(tmp_path / "bad.toml", is_short=False)
-
-
-@pytest.mark.parametrize("record", [
-    value for value in vars(scenario).values()
-    if isinstance(value, type) and issubclass(value, msgspec.Struct) and value.__module__ == scenario.__name__
-    and not value.__name__.startswith("_")
-])  # fmt: skip
-def test_every_key_is_in_the_manual(record: type[msgspec.Struct]) -> None:
-    manual = (ROOT / "docs" / "drills.md").read_text(encoding="utf-8")
-    keys = [field.name for field in msgspec.structs.fields(record)]
-    assert not [key for key in keys if f"`{key}`" not in manual and f"[{key}]" not in manual]
-    tag = record.__struct_config__.tag
-    assert tag is None or f'`"{tag}"`' in manual
