@@ -82,6 +82,8 @@ class StateFile:
         #: What is attached, whoever wanted it.
         self._attached: StorageNews | None = None
         self._writing: asyncio.Task[None] | None = None
+        #: There is something newer than what is being written.
+        self._is_stale = asyncio.Event()
         #: Why the newest state is not in the file; "" when it is.
         self.error = ""
 
@@ -124,21 +126,23 @@ class StateFile:
             write_policy=write_policy or before.write_policy,
             saved=utc(time.time()),
         )
+        self._is_stale.set()
         if self._writing is None or self._writing.done():
             self._writing = asyncio.get_running_loop().create_task(self._write())
 
     async def _write(self) -> None:
-        written = None
-        while written is not self._kept:
-            newest = self._kept
-            content = msgspec.json.format(msgspec.json.encode(newest), indent=2) + b"\n"
+        while self._is_stale.is_set():
+            self._is_stale.clear()
+            content = msgspec.json.format(msgspec.json.encode(self._kept), indent=2) + b"\n"
             try:
                 await asyncio.to_thread(write_private_blocking, self._path, content)
             except OSError as error:
                 self._failed(error)
-                await asyncio.sleep(RETRY_S)
-                continue
-            written, self.error = newest, ""
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._is_stale.wait(), RETRY_S)
+                self._is_stale.set()
+            else:
+                self.error = ""
 
     def _failed(self, error: OSError) -> None:
         failure = f"cannot be written: {error.strerror or error}"
