@@ -341,7 +341,7 @@ def serve_blocking(bootstrap: Bootstrap) -> int:
 
 
 def _wait_until_let_go_blocking() -> None:
-    """The rank lets go when it has heard our last words.  If we were gone before a busy machine has sent them, nobody would
+    """The rank lets go when it has heard our last words.  If we went before a busy machine has sent them, nobody would
     know why the store cannot be used."""
     while os.read(CONFIG_FD, 1):
         continue
