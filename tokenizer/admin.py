@@ -16,6 +16,7 @@ from starlette.responses import Response
 from sglang_hicache.errors import UserError
 from sglang_hicache.tokenizer.api import AttachBody, MalformedBody, decode_body
 from sglang_hicache.tokenizer.control import Control
+from sglang_hicache.tokenizer.http_limits import BodyRefused
 from sglang_hicache.tokenizer.manager import Unavailable
 from sglang_hicache.tokenizer.operations import Operation, State, told_report
 from sglang_hicache.tokenizer.orders import attach_order, detach_body, detach_order, flag
@@ -66,7 +67,7 @@ class AdminRoutes:
             body = decode_body(await request.body(), AttachBody)
             self._check_enabled()
             order = attach_order(body, self._services.config.storage)
-        except (UserError, Unavailable, ClientDisconnect) as error:
+        except (UserError, Unavailable, ClientDisconnect, BodyRefused) as error:
             return self._refused(request, "attach", error, ATTACH_FAILED)
         if body.is_async:
             return self._accepted(request, order)
@@ -82,7 +83,7 @@ class AdminRoutes:
             body = detach_body(request.query_params, await request.body())
             self._check_enabled()
             order = detach_order(body, self._services.config.storage)
-        except (UserError, Unavailable, ClientDisconnect) as error:
+        except (UserError, Unavailable, ClientDisconnect, BodyRefused) as error:
             return self._refused(request, "detach", error, DETACH_FAILED)
         if body.is_async:
             return self._accepted(request, order)
@@ -126,6 +127,8 @@ class AdminRoutes:
         match error:
             case ClientDisconnect():
                 return Response(status_code=400)
+            case BodyRefused():
+                raise error
             case MalformedBody():
                 return openai_error(str(error), 400, kind="Bad Request")
         status_code = 503 if isinstance(error, Unavailable) else 400

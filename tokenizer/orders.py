@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from sglang_hicache.config import PREFETCH_POLICIES, WRITE_POLICIES, StorageConfig
 from sglang_hicache.errors import UserError
-from sglang_hicache.extra_config import extra_config_json
+from sglang_hicache.extra_config import LARGEST_FILE_BYTES, extra_config_json
 from sglang_hicache.observe import learn_secrets
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.placeholders import check_placeholders
@@ -151,7 +151,13 @@ def _given_config(body: AttachBody) -> str | None:
             "hicache_storage_backend_extra_config is another name of hicache_storage_backend_extra_config_json; "
             "send one of them"
         )
-    return _as_text(new) if old is None else old
+    given = _as_text(new) if old is None else old
+    if given is not None and len(given) > LARGEST_FILE_BYTES:
+        raise UserError(
+            f"the extra config has {len(given)} characters, and no extra config needs more than {LARGEST_FILE_BYTES}; "
+            "every rank would have to keep it"
+        )
+    return given
 
 
 def _as_text(config: str | dict[str, Any] | None) -> str | None:

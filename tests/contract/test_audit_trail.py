@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,19 @@ def test_what_is_refused_after_the_key_is_written(audited: Callable[..., FakeSer
     assert [short(each) for each in found] == [("refused", kind, "refused") for kind in kinds]
     assert "gently" in found[0]["message"] and "shutting down" in found[-1]["message"]
     assert len({each["who"]["key"] for each in found}) == 1
+
+
+def test_a_body_that_is_too_large_is_written(audited: Callable[..., FakeServer], path: Path) -> None:
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(2):
+            yield b"x" * 60
+
+    server = audited(max_body_bytes=100)
+    for method in ("PUT", "DELETE"):
+        assert server.call(method, PATH, content=body(), headers=ADMIN).status_code == 413
+    assert [short(each) for each in entries(server, path)[1:-1]] == [
+        ("refused", "attach", "refused"), ("refused", "detach", "refused"),
+    ]  # fmt: skip
 
 
 def test_the_gate_without_an_admin_key_is_written(audited: Callable[..., FakeServer], path: Path) -> None:

@@ -133,6 +133,13 @@ def test_the_extra_config_has_a_second_name_and_may_be_an_object(server: FakeSer
     assert reply.status_code == 400 and "send one of them" in reply.text
 
 
+@pytest.mark.parametrize("name", ["hicache_storage_backend_extra_config_json", "hicache_storage_backend_extra_config"])
+def test_an_extra_config_is_not_a_book(server: FakeServer, name: str) -> None:
+    reply = put(server, **{name: json.dumps({"file_storage_path": "/" + "x" * 300_000})})
+    assert reply.status_code == 400 and "no extra config needs more" in reply.text
+    assert len(reply.text) < 1000 and nothing_was_sent(server)
+
+
 def test_a_second_name_is_no_way_around_the_redaction(server: FakeServer) -> None:
     reply = put(server, hicache_storage_backend_extra_config={"password": "hunter2", "colour": 1})
     assert reply.status_code == 400 and "colour" in reply.text
