@@ -35,6 +35,8 @@ modes:
 
 #: Seconds of a dry run unless asked for otherwise: told to the server, so that both wait for the same time.
 _DRY_RUN_S = 30.0
+#: Longest time that a server gives anything.
+_LONGEST_S = 3600.0
 #: Seconds that an answer may come later than the deadline of what it answers.
 _GRACE_S = 15.0
 #: Seconds for the deletion of all pages: its deadline is the server's own, which nobody here knows.
@@ -181,6 +183,6 @@ def _seconds(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value <= 86400:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0, at most 86400")
+    if not 0 < value <= _LONGEST_S:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0, at most {_LONGEST_S:g}")
     return value

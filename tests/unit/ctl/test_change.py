@@ -174,7 +174,7 @@ def test_a_config_that_cannot_be_read(server: FakeServer, run: Run, config: str,
     assert ran.code == 2 and words in ran.err and not server.asked
 
 
-@pytest.mark.parametrize("timeout", ["0", "-1", "nan", "inf", "soon"])
+@pytest.mark.parametrize("timeout", ["0", "-1", "3601", "nan", "inf", "soon"])
 def test_a_timeout_that_is_none(server: FakeServer, run: Run, timeout: str) -> None:
     ran = run("detach", f"--timeout={timeout}")
     assert ran.code == 2 and "number of seconds" in ran.err and not server.asked
