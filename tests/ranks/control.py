@@ -13,9 +13,12 @@ from tests.ranks.world import PlayedStorage, Store, World
 STEP_US = 20_000
 
 
-def attach(world: World, path: str = "", *, switch: bool = False, **fields: object) -> str:
+def attach(
+    world: World, path: str = "", *, switch: bool = False, tolerance: dict | None = None, **fields: object
+) -> str:
     """Attach, or switch to, the file store in this folder, or, without one, the memory store."""
     config: dict[str, object] = {"prefetch_threshold": 4}
+    config |= {"fault_tolerance": tolerance} if tolerance else {}
     config |= {"file_storage_path": path} if path else {}
     backend = "file" if path else "memory"
     fields = {"mode": "drain", "drain_s": 2.0, "prefetch_policy": "wait_complete"} | fields

@@ -26,6 +26,13 @@ from tests.ranks.world import SimRank, World, server_config
 
 PATHS = ("", "/b", "/c")
 DEADLINES_S = (0.0, 0.05, 0.5, 3.0)
+#: What the server does by itself in between.
+STANDBY = {"backend": "file", "extra_config": {"file_storage_path": "/standby"}}
+HASTY = {"backoff_initial_s": 0.05, "backoff_max_s": 0.2, "consecutive_errors": 2, "healthy_s": 0.1}
+TOLERANCES = (
+    None, None, {"level": "auto_detach"}, {"level": "auto_reconnect", **HASTY},
+    {"level": "failover", "standby": [STANDBY], **HASTY},
+)  # fmt: skip
 #: From the deadline of a command on: time in which a killed process is given up, and a few ticks of a busy leader.
 GRACE_S = 1.0
 
@@ -77,6 +84,7 @@ def command(world: World) -> None:
         attach(
             world, chance.choice(PATHS), switch=chance.random() < 0.7, mode=mode, prefetch_policy=policy,
             deadline_s=chance.choice((0.1, 3.0, 3.0)), drain_s=chance.choice(DEADLINES_S),
+            tolerance=chance.choice(TOLERANCES),
         )  # fmt: skip
     elif draw < 0.55:
         detach(world, mode, deadline_s)
