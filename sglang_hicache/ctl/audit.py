@@ -11,7 +11,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from sglang_hicache import audit
+from sglang_hicache import audit_chain
 from sglang_hicache.ctl.access import add_command
 from sglang_hicache.ctl.console import Console
 from sglang_hicache.ctl.exits import Exit
@@ -40,7 +40,7 @@ def add_commands(commands: Any) -> None:
 
 def run_verify(args: argparse.Namespace, console: Console) -> Exit:
     """What is wrong with the log, line by line."""
-    complaints = audit.verify(str(args.file), args.expect)
+    complaints = audit_chain.verify(str(args.file), args.expect)
     if complaints:
         return console.ended(Exit.REFUSED, "\n".join(complaints), complaints=complaints)
     beyond = "" if args.expect else "; without --expect nobody can tell whether lines are missing at its end"
