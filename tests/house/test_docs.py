@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import functools
 import itertools
 import re
 from collections.abc import Iterator
@@ -35,11 +37,17 @@ def named_paths(text: str) -> Iterator[str]:
             yield target
 
 
+@functools.cache
+def bare_names() -> frozenset[str]:
+    """Names of all files of the tree, and of nothing beside it: an environment has tens of thousands."""
+    return frozenset(path.name for folder in TOP_LEVEL for path in (ROOT / folder).rglob("*"))
+
+
 def missing(page: Path, text: str) -> list[str]:
     """What a page names and the tree does not hold: from the root, from the page's folder, or by bare file name."""
 
     def exists(name: str) -> bool:
-        if "/" not in name and any(ROOT.glob(f"*/**/{name}")):
+        if "/" not in name and fnmatch.filter(bare_names(), name):
             return True
         return any(any(folder.glob(name.rstrip("/"))) for folder in (ROOT, page.parent))
 
