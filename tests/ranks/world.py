@@ -252,6 +252,8 @@ class SimRank:
         self.outputs: list[wire.RequestOutput] = []
         self.answers: list[wire.CommandAnswer] = []
         self.digests: dict[int, int] = {}
+        #: That the forward of the latest plan computed.
+        self.batch_tokens = 0
 
     def apply(self, plan: wire.TickPlan) -> None:
         core, worker = self.core, self.worker
@@ -272,6 +274,7 @@ class SimRank:
         self.outputs += effects.outputs
         self.answers += effects.answers
         self.news += effects.news
+        self.batch_tokens = sum(len(row.token_ids) for row in effects.batch.rows) if effects.batch is not None else 0
         if effects.batch is not None:
             whole = {i: s.request.tokens[: s.request.computed + s.tokens] for i, s in enumerate(core._shares)}
             self.outputs += core.apply_results(worker.forward(effects.batch, whole))
@@ -359,6 +362,8 @@ class World:
         self.leader = Leader(self.config, ranks)
         self.reports: list[deque[wire.RankReport]] = [deque() for _ in range(ranks)]
         self.now_us = 1
+        #: What a forward takes for each of its tokens; 0: no forward takes any time, and so the rate stays unknown.
+        self.us_per_token = 0
         self.plans: list[wire.TickPlan] = []
         self.submitted: dict[str, wire.NewRequest] = {}
         self.commands: list[str] = []
@@ -413,7 +418,9 @@ class World:
         for rank in self.ranks[1:]:
             rank.inbox.append(plan)
         leader.apply(plan)
-        self.leader.applied(leader.core.digest)
+        forward_us = leader.batch_tokens * self.us_per_token
+        self.now_us += forward_us
+        self.leader.applied(leader.core.digest, forward_us)
         return True
 
     def follow(self, rank: SimRank) -> None:
