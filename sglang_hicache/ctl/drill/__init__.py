@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from sglang_hicache.ctl.access import client_of
+from sglang_hicache.ctl.access import URL_ENV, client_of
 from sglang_hicache.ctl.drill import report, session
 from sglang_hicache.ctl.drill.progress import Voice, show
 from sglang_hicache.ctl.drill.result import Result, Verdict
@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--report", type=Path, metavar="DIR", help="write DIR/NAME.html for each drill, and DIR/junit.xml")
     add("--i-mean-it", action="store_true", help="with --url: yes, that server, whoever it serves")
     parser.epilog = (
-        "Without --url each drill starts a server of its own and stops it at the end. With it, faults are injected "
-        f"only through a fault wrapper that the server was started with; {_LOAD_KEY_ENV} of the environment holds its "
-        "ordinary key, if it has one."
+        f"Without --url ({URL_ENV} does not count) each drill starts a server of its own and stops it at the end.\n"
+        "With it, faults are injected only through a fault wrapper that the server was started with;\n"
+        f"{_LOAD_KEY_ENV} of the environment holds its ordinary key, if it has one."
     )
 
 

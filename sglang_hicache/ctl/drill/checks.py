@@ -60,13 +60,14 @@ def of_status(expect: ExpectTable, watch: Watch, site: Site) -> Iterator[Asserti
         looked = f"looked at {len(watch.samples)} times"
         yield _judged("ranks agree", not watch.disagreement, watch.disagreement or looked)
     if expect.breaker:
-        seen = [sample.breaker for sample in watch.samples]
+        seen = [sample.breaker for sample in watch.samples if sample.breaker]
         path = [state for at, state in enumerate(seen) if at == 0 or seen[at - 1] != state]
         rest = iter(path)
         was = all(state in rest for state in expect.breaker)
         yield _judged("breaker", was, f"{' -> '.join(path) or 'never seen'}; expected {' -> '.join(expect.breaker)}")
     if expect.trips is not None:
-        trips = watch.samples[-1].trips - watch.samples[0].trips if watch.samples else 0
+        counts = [sample.trips for sample in watch.samples if sample.trips is not None]
+        trips = counts[-1] - counts[0] if counts else 0
         yield _judged("times that the breaker opened", trips <= expect.trips, f"{trips}; at most {expect.trips}")
     if expect.store is not None:
         status = site.status()

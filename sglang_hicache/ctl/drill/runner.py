@@ -94,15 +94,16 @@ class Drill:
         """Of one's own server the storage is detached and the caches are emptied: then every page must be free."""
         site = self._site
         try:
-            wait_for_rest(site)
+            status = wait_for_rest(site)
             if not isinstance(site, OwnSite):
-                return list(checks.of_pools(site.status(), is_empty=False))
+                return list(checks.of_pools(status, is_empty=False))
             detach_blocking(site)
             flush_blocking(site)
+            status = wait_for_rest(site)
         except SERVER_ERRORS as error:
             return [str(error)]
         left = [f"storage process {pid}" for pid in site.server.pids("storage_process")]
-        return left + list(checks.of_pools(site.status(), is_empty=True))
+        return left + list(checks.of_pools(status, is_empty=True))
 
 
 def detach_blocking(site: Site) -> None:

@@ -314,8 +314,12 @@ def title(step: Step) -> str:
 
 def words(condition: Condition) -> str:
     """A condition for people."""
-    given = msgspec.to_builtins(condition)
-    status = given.pop("status") or {}
-    parts = [f"{name} {value}" for name, value in given.items() if value is not None]
-    parts += [f"{name} is {value or 'none'!s}" for name, value in status.items() if value is not None]
-    return ", ".join(parts)
+    amounts = (
+        (condition.at_s, "s since the load began"),
+        (condition.seconds, "s have passed"),
+        (condition.requests, "answers"),
+        (condition.storage_tokens, "tokens from storage"),
+    )
+    parts = [f"{amount:g} {what}" for amount, what in amounts if amount is not None]
+    status = {} if condition.status is None else msgspec.structs.asdict(condition.status)
+    return ", ".join(parts + [f"{name} is {value or 'none'}" for name, value in status.items() if value is not None])

@@ -6,6 +6,7 @@ A step that goes wrong ends the timeline: what comes after it was written for a 
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -42,6 +43,8 @@ from sglang_hicache.ctl.exits import OutcomeUnknown, Refused, Unreachable
 _PATIENCE_S = 180.0
 #: Longer than any deadline of the server: it answers by itself that it does not know.
 _COMMAND_TIMEOUT_S = 300.0
+#: Until what the load has begun is written, or given up.
+_REST_TIMEOUT_S = 60.0
 _POLL_S = 0.02
 
 #: What a step found, and what was wrong about it; "": nothing.
@@ -79,7 +82,7 @@ class Timeline:
         except (Refused, Unreachable, OutcomeUnknown, DrillError) as error:
             detail, problem = "", str(error)
         took_s = self._load.now_s() - begin_s
-        limit_s = None if isinstance(step, WaitStep) else _within(step)
+        limit_s = _within(step)
         if not problem and limit_s is not None and took_s > limit_s:
             problem = f"it took {took_s:.2f} s; at most {limit_s:g} s are allowed"
         self._voice.tell(f"{begin_s:7.2f} s  {name}  ({took_s:.2f} s){f': {problem}' if problem else ''}")
@@ -222,12 +225,14 @@ def flush_blocking(site: Site) -> None:
         raise Refused(f"/flush_cache: {reply.message}")
 
 
-def wait_for_rest(site: Site, timeout_s: float = 60.0) -> None:
-    """Nothing is computed, copied, written or read."""
-    deadline = time.monotonic() + timeout_s
-    while busy := _busy(site.status()):
+def wait_for_rest(site: Site) -> dict[str, Any]:
+    """Nothing is computed, copied, written or read: the status that says so, of every rank."""
+    deadline, moment = time.monotonic() + _REST_TIMEOUT_S, threading.Event()
+    while busy := _busy(status := site.status()):
         if time.monotonic() > deadline:
             raise DrillError(f"the server does not come to rest; it has {', '.join(busy)}")
+        moment.wait(_POLL_S)
+    return status
 
 
 def _busy(status: Mapping[str, Any]) -> list[str]:

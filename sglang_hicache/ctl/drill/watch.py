@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sglang_hicache.ctl.client import Client
@@ -26,9 +26,11 @@ class Sample:
     #: State and epoch of each rank; of a rank that did not answer in time "unknown" and None.
     ranks: tuple[tuple[str, int | None], ...]
     backend: str
+    #: State of the breaker, "" where rank 0 did not answer in time.
     breaker: str
-    trips: int
-    #: The whole answer, of the latest samples only.
+    #: Times that it had opened; None: as above.
+    trips: int | None
+    #: The whole answer, of the latest sample only.
     status: Mapping[str, Any]
 
     @property
@@ -91,7 +93,7 @@ class Watch:
             self.disagreement = f"at {sample.at_s:.1f} s: {sample.ranks}"
         with self._news:
             self._latest = sample
-            self.samples.append(sample)
+            self.samples.append(replace(sample, status={}))  # a long drill has tens of thousands of them
             self._news.notify_all()
 
 
@@ -102,7 +104,7 @@ def sample_of(status: Mapping[str, Any], at_s: float) -> Sample:
         at_s=at_s,
         ranks=tuple((rank["state"], rank["epoch"]) for rank in status["ranks"]),
         backend=status["hicache_storage_backend"] or "",
-        breaker=breaker.get("state", "off"),
-        trips=breaker.get("trips", 0),
+        breaker=breaker.get("state", ""),
+        trips=breaker.get("trips"),
         status=status,
     )
