@@ -50,7 +50,8 @@ class SyntheticServer:
         self._from_rank = Pull(ipc_address(str(self._run_dir), "from_ranks"), wire.FromRank, bind=True)
         self._to_rank = Push(ipc_address(str(self._run_dir), "to_rank_0"), wire.ToRank)
         self._channel = -1
-        self._unread: list[wire.FromRank] = []
+        self._unread: list[wire.CommandAnswer | wire.StatusAnswer] = []
+        self.news: list[wire.StorageNews] = []
         #: Tokens of every request so far, and how many of its prompt came from storage.
         self.tokens: dict[str, list[int]] = {}
         self.from_storage: dict[str, int] = {}
@@ -114,7 +115,9 @@ class SyntheticServer:
             if isinstance(message, wire.OutputBatch):
                 for output in message.outputs:
                     self._take(output)
-            elif not isinstance(message, wire.StorageNews):  # the status tells what is attached
+            elif isinstance(message, wire.StorageNews):
+                self.news.append(message)
+            else:
                 self._unread.append(message)
 
     def _take(self, output: wire.RequestOutput) -> None:
@@ -135,7 +138,7 @@ class SyntheticServer:
     def _answer(self, message: wire.ToRank) -> Any:
         """Send something that is answered, and wait for the answer."""
         self._send(message)
-        found: list[wire.FromRank] = []
+        found: list[wire.CommandAnswer | wire.StatusAnswer] = []
 
         def is_there() -> bool:
             found.extend(said for said in self._unread if said.id == message.id)
@@ -188,11 +191,20 @@ class SyntheticServer:
 
     def attach(self) -> None:
         """Attach the file store."""
+        answer = self.try_to_attach("file")
+        assert answer.success, (answer.message, self.log())
+
+    def try_to_attach(self, backend: str, *, keeps_trying: bool = False) -> wire.CommandAnswer:
+        """Attach a store with the config that the server was made for."""
         self.quiesce()
-        attach = wire.AttachStorage(
-            id=self._new_id(), deadline_s=PATIENCE_S, backend="file", extra_config_json=self._extra_config
-        )
-        answer = self._answer(attach)
+        return self._answer(wire.AttachStorage(
+            id=self._new_id(), deadline_s=PATIENCE_S, backend=backend, extra_config_json=self._extra_config,
+            keeps_trying=keeps_trying,
+        ))
+
+    def detach(self) -> None:
+        """Take the storage out."""
+        answer = self._answer(wire.DetachStorage(id=self._new_id(), deadline_s=PATIENCE_S, mode="drain"))
         assert answer.success, (answer.message, self.log())
 
     def flush(self) -> None:

@@ -126,6 +126,27 @@ def test_fm55_a_storage_process_killed_under_load_fails_nothing(server: Server, 
     assert cached(server.generate(prompts[0]))["storage"]
 
 
+def test_fm55_what_was_killed_under_load_comes_back_by_itself(server: Server, tmp_path: Path) -> None:
+    """The same with fault tolerance: no text changes, and both ranks have the store again in the same tick."""
+    prompts = [PROMPT + f"Again {i}. " * 8 for i in range(4)]
+    wanted = {prompt: server.generate(prompt)["output_ids"] for prompt in prompts}
+    server.flush()
+    tolerance = {"level": "auto_reconnect", "backoff_initial_s": 0.1, "canary_timeout_s": 60}
+    assert server.attach(tmp_path / "store", fault_tolerance=tolerance).status_code == 200
+    server.generate_all(prompts)
+    epoch = server.quiesce()["ranks"][0]["epoch"]
+    os.kill(server.pids("storage_process rank 1")[0], signal.SIGKILL)
+    replies = server.generate_all(prompts * 2)
+    assert [reply["output_ids"] for reply in replies] == [wanted[prompt] for prompt in prompts * 2]
+    server.wait_until(
+        lambda ranks: all(r["state"] == "attached" and r["epoch"] > epoch for r in ranks), "both ranks have it again"
+    )
+    assert server.status_now()["breaker"]["trips"] == 1
+    server.quiesce()
+    server.flush()
+    assert cached(server.generate(prompts[0]))["storage"]
+
+
 def test_a_corrupt_page_is_a_miss_and_is_written_again(server: Server, tmp_path: Path) -> None:
     server.attach(tmp_path / "store")
     wanted = server.generate(PROMPT, max_new_tokens=1)["output_ids"]
