@@ -21,8 +21,8 @@ class Console:
         self.screen = Screen()
 
     def json(self, value: Any) -> None:
-        """One JSON value."""
-        print(json.dumps(value, indent=2, ensure_ascii=False))
+        """One JSON value, in ASCII: it is read by programs, whatever they take their input for."""
+        print(json.dumps(value, indent=2))
 
     def ended(self, code: Exit, message: str, **fields: Any) -> Exit:
         """A command is over: in JSON with what is known beside the words, else in words, failures to standard error."""

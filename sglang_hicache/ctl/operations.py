@@ -15,7 +15,7 @@ from urllib.parse import quote
 from sglang_hicache.ctl.access import add_command, client_of
 from sglang_hicache.ctl.client import Client
 from sglang_hicache.ctl.console import Console
-from sglang_hicache.ctl.exits import Exit, OutcomeUnknown, Unreachable
+from sglang_hicache.ctl.exits import Exit, OutcomeUnknown, Refused, Unreachable
 from sglang_hicache.ctl.tables import age, moment, table
 
 OPERATIONS = "/hicache/operations"
@@ -79,7 +79,9 @@ def run_show(args: argparse.Namespace, console: Console) -> Exit:
 
 def run_wait(args: argparse.Namespace, console: Console) -> Exit:
     """Ask until it has ended."""
-    return follow(client_of(args), args.id, console)
+    client = client_of(args)
+    _ask(client, args.id)  # an id that nobody knows is a mistake, and not an outcome that nobody knows
+    return follow(client, args.id, console)
 
 
 def run_cancel(args: argparse.Namespace, console: Console) -> Exit:
@@ -131,7 +133,7 @@ def _end(client: Client, operation_id: str, console: Console) -> dict[str, Any]:
     """The operation, once it no longer runs.
 
     There is no event to wait for across HTTP, so it is asked for again and again.  A server that is out of reach is
-    asked for a while; after that the outcome is unknown, for the operation may well have ended.
+    asked for a while; after that, or if it was started anew and has forgotten the operation, the outcome is unknown.
     """
     pause, pause_s, heard_s = threading.Event(), _FIRST_PAUSE_S, time.monotonic()
     tell_s: float | None = heard_s + _SILENCE_S
@@ -144,8 +146,8 @@ def _end(client: Client, operation_id: str, console: Console) -> dict[str, Any]:
             if operation["state"] != "running":
                 return operation
             heard_s = time.monotonic()
-        except Unreachable as error:
-            if time.monotonic() - heard_s > _PATIENCE_S:
+        except (Refused, Unreachable) as error:
+            if isinstance(error, Refused) or time.monotonic() - heard_s > _PATIENCE_S:
                 raise OutcomeUnknown(f"{error}; how operation {operation_id} ended is not known") from error
         pause.wait(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -117,6 +117,13 @@ def test_a_server_that_is_gone_while_it_is_waited_for(
     assert ran.code == 4 and f"how operation {ID} ended is not known" in ran.err
 
 
+def test_a_server_that_was_started_anew_while_it_is_waited_for(server: FakeServer, run: Run) -> None:
+    forgotten = Said({"error": {"message": "no operation is known here"}}, 404)
+    server.says("GET", OPERATION, Said(operation("running")), forgotten)
+    ran = run("attach", "file")
+    assert ran.code == 4 and "no operation is known here; how operation" in ran.err
+
+
 def test_a_server_that_was_busy_for_a_moment(server: FakeServer, run: Run) -> None:
     server.says("GET", OPERATION, Said(status=0), Said(operation("running")), Said(status=0), Said(operation()))
     assert run("attach", "file").code == 0

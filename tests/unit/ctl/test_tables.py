@@ -41,7 +41,8 @@ def test_a_table_lines_up() -> None:
 
 
 @pytest.mark.parametrize(
-    "hostile", ["\x1b[2Jgone", "a\rb", "\x9b31m", "right to left \u202e", "bell\x07", "isolate\u2066", "\u2028"]
+    "hostile",
+    ["\x1b[2Jgone", "a\rb", "\x9b31m", "right to left \u202e", "bell\x07", "isolate\u2066", "\u2028", "half \ud800"],
 )
 def test_nothing_steers_the_terminal(hostile: str) -> None:
     """A backend's error text, quoted by the server, must not clear the screen or forge a line of it."""
