@@ -236,8 +236,7 @@ def rank_storage_series() -> Iterator[Series]:
         lambda v: v.total(f"lost_{v.case}_tokens"),
     ))  # fmt: skip
     yield by("verdict", VERDICTS, counter(
-        OWN + "gate_tokens_total", scope,
-        "Tokens that requests lacked, by what was decided; a decision that is taken back counts again.",
+        OWN + "gate_tokens_total", scope, "Tokens that requests lacked, by what was decided about them when they came.",
         lambda v: v.total(f"prefetch_gate_{v.case}_tokens"),
     ))  # fmt: skip
     for name, key, meaning in (

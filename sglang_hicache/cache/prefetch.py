@@ -78,6 +78,7 @@ class Prefetcher:
             wanted * self._page_size, self._reading_pages * self._page_size, now_us, self._probe is None,
             self.policy, self.settings,
         )
+        self.counters[f"gate_{decision.verdict}"] += decision.tokens
         if decision.verdict == "recompute":
             self.counters["not_worth"] += decision.tokens
             self.waits.decided(rid, decision)

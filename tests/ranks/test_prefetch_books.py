@@ -32,6 +32,9 @@ def test_what_does_not_fit_beside_other_prefetches_is_counted() -> None:
     world.submit(prompt(3, 15))
     tick(world)
     assert missed(world) == 25 * PAGE, "and of these none"
+    # The gate was asked about what there was room for, and wait_complete bypasses it.
+    counters = world.ranks[0].core.tiers.prefetcher.counters
+    assert {name: n for name, n in counters.items() if name.startswith("gate_")} == {"gate_fetch": 20 * PAGE}
 
 
 def test_a_page_that_a_read_was_cut_off_from_is_not_taken_for_missing() -> None:
