@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HiCacheError as error:
         return console.ended(_CODES.get(type(error), Exit.REFUSED), f"error: {error}")
     except KeyboardInterrupt:
-        console.note("interrupted")
+        console.note("interrupted; what was sent goes on in the server: hicachectl operations list")
         return Exit.INTERRUPTED
     except BrokenPipeError:
         # `hicachectl ... | head`: the rest is not wanted.  Python would complain once more when it flushes at the end.
