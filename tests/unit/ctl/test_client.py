@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import socket
 import ssl
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from sglang_hicache.ctl.client import Client, Reply
 from sglang_hicache.ctl.exits import OutcomeUnknown, Refused, Unreachable
@@ -124,9 +132,43 @@ def test_tls_that_fails_is_out_of_reach(server: FakeServer) -> None:
     assert not server.asked
 
 
-def test_certificates_that_cannot_be_used(server: FakeServer) -> None:
+def test_certificates_that_cannot_be_used() -> None:
     with pytest.raises(UserError, match="--cacert.*nowhere.pem"):
         Client("https://127.0.0.1:1", cacert="nowhere.pem")
     with pytest.raises(UserError, match="is for https"):
         Client("http://127.0.0.1:1", cacert="nowhere.pem")
-    assert ssl.create_default_context().verify_mode is ssl.CERT_REQUIRED
+
+
+def _certificate(folder: Path) -> Path:
+    """Of 127.0.0.1, signed by itself; the key is in the same file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a test")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
+        .not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )  # fmt: skip
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / "server.pem").write_bytes(private + made.public_bytes(Encoding.PEM))
+    return folder / "server.pem"
+
+
+def test_a_server_is_asked_over_tls_only_if_its_certificate_is_trusted(tmp_path: Path) -> None:
+    """Whoever answers without it may be anybody, and would be handed the admin key."""
+    certificate = str(_certificate(tmp_path))
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+    server = FakeServer(tls)
+    server.says("GET", "/x", Said({"a": 1}))
+    try:
+        with pytest.raises(Unreachable, match="no TLS connection.*self-signed certificate.*--cacert"):
+            Client(server.url, "key").ask("/x")
+        assert not server.asked
+        assert Client(server.url, "key", cacert=certificate).ask("/x") == {"a": 1}
+        stranger = server.url.replace("127.0.0.1", "localhost")
+        with pytest.raises(Unreachable, match="no TLS connection.*[Hh]ostname"):
+            Client(stranger, "key", cacert=certificate).ask("/x")
+    finally:
+        server.close()
