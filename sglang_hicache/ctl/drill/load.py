@@ -29,8 +29,8 @@ _PIECE_TOKENS = 16
 
 #: An answer that pauses for longer has failed.
 _ANSWER_TIMEOUT_S = 120.0
-#: After a failure a stream waits this long: a server that is gone must not be asked ten thousand times a second.
-_PAUSE_S = 0.05
+#: After a failure a stream waits at least so long: a server that is gone must not be asked ten thousand times a second.
+_LEAST_PAUSE_S = 0.05
 
 #: Conversation and turn.
 Question = tuple[int, int]
@@ -197,8 +197,7 @@ class Load:
             if not record.error:
                 self._known.learn([*prompt, *record.answer[:-1]])
             self._gate.notify_all()
-        if record.error:
-            self._is_stopped.wait(_PAUSE_S)
+        self._is_stopped.wait(max(self._table.pause_s, _LEAST_PAUSE_S if record.error else 0.0))
 
 
 def ask_blocking(

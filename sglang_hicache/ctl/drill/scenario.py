@@ -90,6 +90,8 @@ class LoadTable(_Record, kw_only=True):
     output_tokens: _Count = 4
     #: Other tokens for another number.
     seed: _Amount = 1
+    #: Seconds that a stream waits between an answer and its next question.
+    pause_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 0.05
 
     def prompt_tokens(self) -> int:
         """Of the longest prompt."""

@@ -111,7 +111,8 @@ class OwnSession:
 
     def _reference_blocking(self, scenario: Scenario, server: OwnServer) -> Answers:
         """The answers of a server to which nothing is attached yet."""
-        kind = msgspec.json.encode([_model_flags(scenario.server), scenario.load])
+        questions = msgspec.structs.replace(scenario.load, streams=1, pause_s=0.0)
+        kind = msgspec.json.encode([_model_flags(scenario.server), questions])
         if kind not in self._references:
             self._references[kind] = reference_answers(scenario.load, server.client)
         return self._references[kind]

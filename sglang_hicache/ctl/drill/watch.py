@@ -11,7 +11,7 @@ from typing import Any
 from sglang_hicache.ctl.client import Client
 from sglang_hicache.ctl.exits import Refused, Unreachable
 
-_INTERVAL_S = 0.05
+_INTERVAL_S = 0.1
 
 #: Ranks are asked one after the other while they go on, so two of them may be a tick apart; not for this long.
 _TICKS_APART_S = 5.0

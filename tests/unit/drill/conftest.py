@@ -26,6 +26,7 @@ sabotaged = true
 streams = 2
 conversations = 2
 output_tokens = 3
+pause_s = 0.0
 [[timeline]]
 do = "fault"
 store = "main"

@@ -13,7 +13,9 @@ from sglang_hicache.ctl.drill.stream import StreamClient
 from sglang_hicache.ctl.exits import Unreachable
 from tests.unit.drill.fake import FakeServer
 
-TABLE = LoadTable(streams=2, conversations=3, turns=2, prefixes=2, shared_tokens=32, unique_tokens=16, output_tokens=3)
+TABLE = LoadTable(
+    streams=2, conversations=3, turns=2, prefixes=2, shared_tokens=32, unique_tokens=16, output_tokens=3, pause_s=0
+)
 
 
 def test_prompts_depend_on_the_table_alone_and_share_their_beginnings() -> None:
