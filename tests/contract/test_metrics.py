@@ -235,7 +235,7 @@ def test_everything_that_a_storage_process_counts_is_told_or_is_a_level(tmp_path
         opened.open_blocking()
         names |= opened.stats().keys()
         opened.close_blocking()
-    for path in (ROOT / "sglang_hicache/storage").glob("*.py"):
+    for path in Path(registry.__file__).parent.glob("*.py"):
         names |= set(re.findall(r'counters\.add\("(\w+)"', path.read_text(encoding="utf-8")))
     assert names - LEVELS == {name for name, _ in PROCESS_COUNTERS}
 

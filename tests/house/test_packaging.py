@@ -115,9 +115,11 @@ def test_the_command_starts_from_the_wheel_alone(wheel: Path, tmp_path: Path) ->
 
 @pytest.mark.long
 def test_the_tests_pass_against_the_wheel(wheel: Path, tmp_path: Path) -> None:
-    """What a user installs is what was tested: the source tree is not there, only tests and the unpacked wheel."""
+    """What a user installs is what was tested: the source tree is not there, only tests, the pages that they compare
+    with what they find, and the unpacked wheel."""
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("tests", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "tests" / "test_origin.py").write_text(
         "import sglang_hicache\n\n\ndef test_origin():\n"
@@ -127,6 +129,6 @@ def test_the_tests_pass_against_the_wheel(wheel: Path, tmp_path: Path) -> None:
     folders = ["tests/unit", "tests/machines", "tests/storage", "tests/contract"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run(
-        [*command, *folders], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
+        [*command, *folders], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stdout[-3000:]
