@@ -32,9 +32,11 @@ from typing import Any
 from sglang_hicache.audit_chain import (
     FIRST,
     KEY_BYTES,
+    MOST_ENTRIES,
     Head,
     Keys,
     chained,
+    flaw_of_mode,
     genesis,
     key_path,
     parse_keys,
@@ -89,6 +91,8 @@ class AuditLog:
         #: Why entries wait, and what has happened to those that were written.
         self._failure = ""
         self._damage = ""
+        if flaw_of_its_mode := flaw_of_mode(os.fstat(self._descriptor).st_mode):
+            found.append(flaw_of_its_mode)
         for flaw in found:
             self._damaged(flaw)
         self._thread = threading.Thread(target=self._run_blocking, name="audit", daemon=True)
@@ -293,6 +297,8 @@ def _newest(lines: list[bytes], keys: Keys) -> tuple[Head | None, list[str]]:
     for behind, line in enumerate(reversed(lines)):
         if (entry := parse_line(line)) is None:
             continue
+        if entry.number > MOST_ENTRIES // 2 and not keys.fits(entry):
+            continue  # no number to go on from
         found = [f"has {behind} lines at its end that are no entries"] if behind else []
         if not keys.fits(entry):
             found.append(f"has a newest entry ({entry.number}) that does not fit its HMAC: it, or the key, was changed")

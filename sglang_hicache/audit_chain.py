@@ -5,6 +5,7 @@ Used by the process that writes a log (`audit.py`) and, for `verify`, by whoever
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import json
@@ -14,7 +15,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sglang_hicache.errors import UserError
 
@@ -25,6 +26,13 @@ _MAC = re.compile(r"[0-9a-f]{64}")
 
 #: How the first entry begins, which a crash may have torn.
 FIRST = b'{"number":1,'
+
+#: No log has as many entries, and no entry is nearly as long: whoever may write into a log may write anything.
+MOST_ENTRIES = 10**12
+_LONGEST_LINE_BYTES = 1 << 20
+
+# Without O_NONBLOCK a named pipe in the log's place would hold whoever looks into it.
+_READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +100,7 @@ def parse_line(line: bytes) -> Entry | None:
     if not isinstance(fields, dict) or not rest.endswith(_MAC_END) or not _MAC.fullmatch(mac):
         return None
     number, previous = fields.get("number"), fields.get("previous")
-    if not isinstance(number, int) or not isinstance(previous, str):
+    if type(number) is not int or not isinstance(previous, str) or not 0 < number <= MOST_ENTRIES:
         return None
     return Entry(number, previous, mac, content)
 
@@ -117,6 +125,18 @@ def parse_keys(content: bytes) -> Keys:
     return keys
 
 
+def lines_of(path: str) -> Iterator[bytes]:
+    """The lines of a log, each with its end.  OSError.  What is longer than any entry comes in several pieces."""
+    with _opened(path) as file:
+        while line := file.readline(_LONGEST_LINE_BYTES):
+            yield line
+
+
+def flaw_of_mode(mode: int) -> str:
+    """What is wrong with the permissions of a log."""
+    return f"can be written by others (mode {stat.S_IMODE(mode):04o})" if mode & 0o022 else ""
+
+
 def verify(path: str, expect: str | None = None) -> list[str]:
     """What is wrong with a log, in words, in the order of its lines; [] when nothing is.
 
@@ -125,15 +145,25 @@ def verify(path: str, expect: str | None = None) -> list[str]:
     """
     head = _parse_head(expect) if expect else None
     try:
-        with open(key_path(Path(path)), "rb") as key_file:
+        with _opened(key_path(Path(path))) as key_file:
             keys, mode = parse_keys(key_file.read(1024)), stat.S_IMODE(os.fstat(key_file.fileno()).st_mode)
-        with open(path, "rb") as file:
-            found = list(_complaints(keys, file, head))
+        found = list(_complaints(keys, lines_of(path), head))
+        if flaw := flaw_of_mode(os.stat(path).st_mode):
+            found.append(f"the log {flaw}")
     except OSError as error:
         return [f"{error.filename} cannot be read: {error.strerror}"]
     if mode & 0o077:
         found.append(f"its key file has mode {mode:04o}: whoever can read it can write any log")
     return found
+
+
+def _opened(path: str | Path) -> BinaryIO:
+    """A plain file.  OSError."""
+    descriptor = os.open(path, _READ_FLAGS)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def _complaints(keys: Keys, lines: Iterable[bytes], expect: Head | None) -> Iterator[str]:
@@ -142,7 +172,9 @@ def _complaints(keys: Keys, lines: Iterable[bytes], expect: Head | None) -> Iter
     strange = 0
     for place, line in enumerate(lines, start=1):
         if not line.endswith(b"\n"):
-            yield f"line {place} is cut off in the middle"
+            yield f"line {place} is cut off in the middle" if len(line) < _LONGEST_LINE_BYTES else (
+                f"line {place} is longer than any entry; what comes after it was not looked at"
+            )
             break
         entry = parse_line(line)
         if entry is None:

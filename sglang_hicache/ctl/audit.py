@@ -50,11 +50,10 @@ def run_verify(args: argparse.Namespace, console: Console) -> Exit:
 def run_show(args: argparse.Namespace, console: Console) -> Exit:
     """The latest entries."""
     try:
-        with args.file.open(encoding="utf-8", errors="replace") as file:
-            lines = deque(file, args.last)
+        lines = deque(audit_chain.lines_of(str(args.file)), args.last)
     except OSError as error:
         raise UserError(f"{args.file} cannot be read: {error.strerror}") from error
-    entries = list(map(_entry, lines))
+    entries = [_entry(line.decode(errors="replace")) for line in lines]
     if console.is_json:
         console.json(entries)
     else:

@@ -157,6 +157,29 @@ def test_what_cannot_be_verified(path: Path, begin: Begin) -> None:
         verify(str(path))
 
 
+def test_what_is_no_log_is_not_read_for_ever(path: Path, begin: Begin) -> None:
+    write(begin(), "a")
+    begin.end()
+    with path.open("ab") as file:
+        file.write(b"x" * (3 << 20))
+    assert verify(str(path)) == ["line 2 is longer than any entry; what comes after it was not looked at"]
+    path.unlink()
+    os.mkfifo(path)
+    assert verify(str(path)) == [f"{path} cannot be read: it is no regular file"]
+    key = path.with_name("audit.jsonl.key")
+    key.unlink()
+    os.mkfifo(key)
+    assert verify(str(path)) == [f"{key} cannot be read: it is no regular file"]
+
+
+def test_a_log_that_others_can_write_is_told(path: Path, begin: Begin) -> None:
+    write(begin(), "a")
+    begin.end()
+    path.chmod(0o662)
+    assert verify(str(path)) == ["the log can be written by others (mode 0662)"]
+    assert "can be written by others (mode 0662)" in begin().error
+
+
 # ------------------------------------------------------------------------------------------- what a start finds
 
 
@@ -199,6 +222,18 @@ def test_a_changed_end_is_told_at_once(path: Path, begin: Begin) -> None:
     assert "does not fit its HMAC" in log.error and "1 lines at its end" in log.error
     write(log, "c")
     assert len(verify(str(path))) == 2
+
+
+@pytest.mark.parametrize("number", ["9" * 4300, "999999999999", "1000000000000", "-1", "0", "true", "1e3", "NaN"])
+def test_a_number_that_no_entry_has_is_nothing_to_go_on_from(path: Path, begin: Begin, number: str) -> None:
+    write(begin(), "a")
+    begin.end()
+    with path.open("a") as file:
+        file.write(f'{{"number":{number},"previous":"x","mac":"{"a" * 64}"}}\n')
+    log = begin()
+    assert "1 lines at its end" in log.error
+    assert write(log, "b").startswith("2-") and write(log, "c").startswith("3-")
+    assert verify(str(path))
 
 
 def test_what_ends_a_start(path: Path, begin: Begin, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,3 +102,9 @@ def test_how_many_lines(run: Run, log: Path, last: str) -> None:
 def test_a_log_that_is_not_there(run: Run, tmp_path: Path) -> None:
     ran = run("audit", "show", str(tmp_path / "nothing"))
     assert ran.code == 2 and "No such file" in ran.err
+
+
+def test_a_log_that_is_a_pipe(run: Run, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    ran = run("audit", "show", str(tmp_path / "pipe"))
+    assert ran.code == 2 and "no regular file" in ran.err
