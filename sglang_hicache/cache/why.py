@@ -112,6 +112,13 @@ def _not_fetched(tiers: Tiers) -> Iterator[str]:
             f"{late} tokens were not waited for so far: a look-up (--hicache-storage-lookup-timeout) or a read "
             f"(prefetch policy {prefetcher.policy}) took too long"
         )
+    if spared := prefetcher.counters["not_worth"]:
+        gate = prefetcher.waits.gate
+        yield (
+            f"{spared} tokens were computed so far because fetching them should have taken longer (cost_gate): "
+            f"computing {gate.prefill_rate() or 0:.0f} tokens/s, look-ups {1e3 * (gate.lookup_s() or 0):.1f} ms, reads "
+            f"{gate.storage_rate() or 0:.0f} tokens/s"
+        )
     if host is not None and prefetcher.occupied_pages >= host.total * CAPACITY_SHARE:
         yield f"prefetches hold {prefetcher.occupied_pages} of {host.total} host pages, and may hold no more"
 

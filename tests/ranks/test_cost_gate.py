@@ -292,3 +292,11 @@ def test_whatever_the_store_does_a_request_loses_no_more_than_5_percent(seed: in
 
 def test_the_share_that_is_lost_is_less_than_what_is_promised() -> None:
     assert LOSS_SHARE < 0.05
+
+
+def test_the_status_says_why_nobody_fetches() -> None:
+    world = well_known()
+    world.takes = looks_up(30_000)
+    ask(world, 10, PAGES)
+    (sentence,) = [line for line in world.ranks[0].core.status.answer("q").why if "cost_gate" in line]
+    assert "computing 5000 tokens/s, look-ups " in sentence
