@@ -156,7 +156,7 @@ class SchedulerCore:
         tiers = self.tiers.take_effects()
         effects.storage, effects.to_storage = tiers.storage, tiers.to_storage
         effects.copies_out, effects.copies_in = tiers.copies_out, tiers.copies_in
-        effects.canaries = self.failover.take_canaries()
+        effects.canaries, self.failover.started = self.failover.started, []
         self._answer_slot()
         self.news.look()
         effects.news = self.news.take()

@@ -84,7 +84,8 @@ class Failover:
         self._next: Store | None = None
         self._change: _Change | None = None
         self._numbers = 0
-        self._started: list[Canary] = []
+        #: Canaries that begin with this tick; the core takes them.
+        self.started: list[Canary] = []
         self._counts = {"reconnect": 0, "failover": 0, "failback": 0}
 
     def __repr__(self) -> str:
@@ -101,11 +102,13 @@ class Failover:
         """An attach or a switch that a command brought was committed, or has failed."""
         slot, config = self._tiers.slot, command.extra_config_json or "{}"
         if answer.verdict is Verdict.OK:
-            self._take_over(command.backend, config)
+            self._stores.define(command.backend, config)
+            self._forget()
             self._serves(self._stores.primary)
             self.breaker.take(Turn.STOP if self._stores.limits.level == "off" else Turn.WATCH, self._now_us)
         elif command.keeps_trying and slot.last_error and not self._stores:  # without an error somebody gave it up
-            self._take_over(command.backend, config)
+            self._stores.define(command.backend, config)
+            self._forget()
             self._keeps_trying = True
             self._stores.primary.refused(self._now_us)
             self.breaker.take(Turn.TRIP, self._now_us, slot.last_error)
@@ -117,17 +120,12 @@ class Failover:
         self._forget()
         self._tiers.evidence.rest()
         self.breaker.take(Turn.STOP, self._now_us)
-        self._mix(1)
-
-    def _take_over(self, backend: str, extra_config_json: str) -> None:
-        self._stores.define(backend, extra_config_json)
-        self._forget()
-        self._mix(2)
 
     def _forget(self) -> None:
         """Whatever was going on does not matter any more."""
         self._try = self._next = self._change = None
         self._keeps_trying = False
+        self._digest.mix(72, 1, bool(self._stores))
 
     # ------------------------------------------------------------------------------ told by canaries and slot
 
@@ -139,7 +137,7 @@ class Failover:
         self._try, store, why = None, tried.store, outcome.failure
         if not why and store.was_slow(outcome.page_s):
             why = f"slow: a page took {outcome.page_s:.3f} s to be written and read"
-        self._mix(3, outcome.number, not why)
+        self._digest.mix(72, 3, outcome.number, not why)
         if why:
             self._refused(store, why)
         elif self._stores.serving is None:
@@ -164,7 +162,7 @@ class Failover:
         if change is None or change.id != answer.command_id:
             return  # overtaken by a trip, or by a command
         self._change = None
-        self._mix(4, self._numbers)
+        self._digest.mix(72, 4, self._numbers)
         if change.store is None:
             slot.last_error = self.breaker.reason  # how the drain ended is the smaller half of the story
         elif answer.verdict is Verdict.OK:
@@ -232,7 +230,7 @@ class Failover:
         self.breaker.take(Turn.TRIP, self._now_us, reason)
         if self._try is not None or self._next is not None or self._change is not None:
             self.breaker.take(Turn.TRY, self._now_us)  # the primary, on its way back
-        self._mix(5, self.breaker.trips)
+        self._digest.mix(72, 5, self.breaker.trips)
         wait_s = (store.backoff.due_us - self._now_us) / 1e6
         self._say(logging.WARNING, f"{store} is taken out, and left alone for {wait_s:.1f} s at least: {reason}")
 
@@ -253,8 +251,8 @@ class Failover:
         self._numbers += 1
         timeout_s = store.limits.canary_timeout_s
         self._try = _Try(self._numbers, store, self._now_us + int(timeout_s * 1e6))
-        self._started.append(Canary(self._numbers, store.backend, store.extra_config_json, timeout_s))
-        self._mix(6, self._numbers)
+        self.started.append(Canary(self._numbers, store.backend, store.extra_config_json, timeout_s))
+        self._digest.mix(72, 6, self._numbers)
 
     def _attach(self, store: Store) -> None:
         """It was well a moment ago."""
@@ -279,19 +277,11 @@ class Failover:
         self._change = _Change(f"{AUTOMATIC}{self._numbers}-{cause}", store, cause)
         return self._change
 
-    def _mix(self, *numbers: int) -> None:
-        self._digest.mix(72, *numbers)
-
     def _say(self, level: int, text: str) -> None:
         if self._rank == 0:
             log.log(level, "%s", text, extra={"epoch": self._tiers.slot.epoch})
 
     # --------------------------------------------------------------------------------------- asked by others
-
-    def take_canaries(self) -> list[Canary]:
-        """Those that this tick begins."""
-        started, self._started = self._started, []
-        return started
 
     def canaries(self) -> dict[int, int]:
         """Canaries under way: number -> leader's clock when its time is over.  The leader collects what ranks say."""

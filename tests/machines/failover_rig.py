@@ -211,7 +211,8 @@ class Rig:
         before = self.slot.last_epoch
         self.failover.advance(self.now_us, 0)
         instructions, self.tiers.instructions = self.tiers.instructions, []
-        for canary in self.failover.take_canaries():
+        started, self.failover.started = self.failover.started, []
+        for canary in started:
             promise(self.canary is None, "two canaries at once")
             promise(not self.is_busy, "a canary while the weights change")
             self.canary = (canary.number, name_of(canary.backend, canary.extra_config_json))

@@ -140,3 +140,30 @@ def finish(world: World) -> World:
     world.settle()
     world.check()
     return world
+
+
+def fail_three_times(world: World) -> None:
+    """On all ranks in one tick, whatever else the store does."""
+    for rank in world.ranks:
+        for row in rank.core.tiers.evidence._watch.rows.values():
+            row.failures = 3
+    ask(world)
+
+
+def stalled(world: World) -> None:
+    """What opens does not come to an end on rank 1."""
+    rank = world.ranks[1]
+    rank.storage[rank.core.tiers.slot.last_epoch].state = "stalled"
+
+
+def lose(world: World, rank: int = 0) -> None:
+    """The storage process of one rank dies."""
+    epoch = world.ranks[rank].core.tiers.slot.gate()
+    process = world.ranks[rank].storage[epoch]
+    process.tell("lost", "crashed: it has ended by itself")
+    process.end()
+    until(world, lambda: world.ranks[0].core.tiers.slot.gate() != epoch)
+
+
+def status(world: World) -> wire.StatusAnswer:
+    return world.ranks[0].core.status.answer("q", world.now_us)

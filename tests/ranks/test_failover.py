@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 
-from sglang_hicache import wire
 from sglang_hicache.cache.breaker import Trust
 from sglang_hicache.storage.attachment_events import State
 from tests.ranks.failover import (
@@ -14,20 +11,23 @@ from tests.ranks.failover import (
     B,
     S,
     ask,
-    attach,
     attached,
     breaker,
     elapse,
+    fail_three_times,
     failover,
     finish,
+    lose,
     news,
     serving,
+    stalled,
     state,
+    status,
     step,
     trip,
     until,
 )
-from tests.ranks.world import PAGE, World, server_config
+from tests.ranks.world import PAGE, World
 
 LEVELS = ("auto_detach", "auto_reconnect", "failover")
 
@@ -116,29 +116,6 @@ def test_at_level_off_nothing_is_taken_out_and_a_process_that_ends_stays_away() 
     assert world.ranks[0].news[-1].detail.startswith("crashed: ")
 
 
-def fail_three_times(world: World) -> None:
-    """On all ranks in one tick, whatever else the store does."""
-    for rank in world.ranks:
-        for row in rank.core.tiers.evidence._watch.rows.values():
-            row.failures = 3
-    ask(world)
-
-
-def stalled(world: World) -> None:
-    """What opens does not come to an end on rank 1."""
-    rank = world.ranks[1]
-    rank.storage[rank.core.tiers.slot.last_epoch].state = "stalled"
-
-
-def lose(world: World, rank: int = 0) -> None:
-    """The storage process of one rank dies."""
-    epoch = world.ranks[rank].core.tiers.slot.gate()
-    process = world.ranks[rank].storage[epoch]
-    process.tell("lost", "crashed: it has ended by itself")
-    process.end()
-    until(world, lambda: world.ranks[0].core.tiers.slot.gate() != epoch)
-
-
 # ------------------------------------------------------------------------------------------------ comes back
 
 
@@ -163,10 +140,6 @@ def test_level_auto_detach_brings_nothing_back() -> None:
     (why,) = status(world).why
     assert why.startswith("storage is out since 2") and "it stays out until a command attaches it" in why
     finish(world)
-
-
-def status(world: World) -> wire.StatusAnswer:
-    return world.ranks[0].core.status.answer("q", world.now_us)
 
 
 def test_one_rank_whose_canary_is_bad_keeps_the_store_out() -> None:
@@ -340,161 +313,6 @@ def test_two_stores_that_flap_do_not_make_the_server_flap() -> None:
     finish(world)
 
 
-# -------------------------------------------------------------------------------------------------- commands
-
-
-def moments() -> dict[str, str]:
-    return {
-        "draining": "auto_reconnect", "waiting": "auto_reconnect", "tried": "auto_reconnect",
-        "opening": "auto_reconnect", "serving again": "auto_reconnect", "standby serves": "failover",
-        "on the way back": "failover",
-    }  # fmt: skip
-
-
-def world_at(moment: str) -> World:
-    """A server in the middle of an automatic change."""
-    world = attached(moments()[moment], A)
-    slot = world.ranks[0].core.tiers.slot
-    if moment == "draining":
-        ask(world)
-        step(world)
-        for rank in world.ranks:
-            rank.storage[1].state = "held"
-        fail_three_times(world)
-        until(world, lambda: slot.face() is State.DRAINING)
-        return world
-    trip(world)
-    world.sick = {("memory", None)} if moment in ("waiting", "standby serves") else set()
-    holds = {
-        "waiting": lambda: slot.face() is State.DETACHED and state(world) is Trust.OPEN,
-        "tried": lambda: bool(world.ranks[0].canaries),
-        "opening": lambda: slot.face() is State.ATTACHING,
-        "serving again": lambda: serving(world) == "primary",
-        "standby serves": lambda: serving(world) == "standby 1",
-        "on the way back": lambda: serving(world) == "standby 1" and slot.candidate is not None,
-    }
-    until(world, holds[moment])
-    if moment in ("opening", "on the way back"):
-        stalled(world)
-    return world
-
-
-@pytest.mark.parametrize("moment", moments())
-def test_after_a_detach_by_a_command_nothing_comes_back(moment: str) -> None:
-    world = world_at(moment)
-    command = world.command(wire.DetachStorage, mode="force", deadline_s=0.5)
-    until(world, lambda: all(any(a.id == command for a in rank.answers) for rank in world.ranks))
-    assert world.answer(command).success
-    world.sick.clear()
-    elapse(world, 20)
-    assert serving(world) == "" and state(world) is Trust.OFF and not world.ranks[0].canaries
-    assert breaker(world).next_try_s is None
-    finish(world)
-
-
-@pytest.mark.parametrize("moment", moments())
-def test_an_attach_by_a_command_takes_over_or_is_told_to_wait(moment: str) -> None:
-    world = world_at(moment)
-    command = world.command(
-        wire.AttachStorage, backend="file", extra_config_json='{"file_storage_path": "/mine"}', mode="drain",
-        switch=True,
-    )  # fmt: skip
-    until(world, lambda: all(any(a.id == command for a in rank.answers) for rank in world.ranks))
-    answer = world.answer(command)
-    is_busy = moment in ("draining", "opening", "on the way back")
-    assert answer.success is not is_busy, answer
-    if is_busy:
-        assert "Another change of the storage is under way: the server " in answer.message
-        assert " by itself, and storage is " in answer.message
-        for process in world.ranks[1].storage.values():
-            process.state = "opening" if process.state == "stalled" else process.state
-    else:
-        slot = world.ranks[0].core.tiers.slot
-        assert serving(world) == "primary" and slot.serving() == "file"
-        world.sick.clear()
-        elapse(world, 20)
-        assert slot.serving() == "file", "the server went back to what nobody wants"
-        assert breaker(world).level == "off"
-    finish(world)
-
-
-def test_an_attach_by_a_command_that_fails_changes_nothing() -> None:
-    world = world_at("waiting")
-    world.sick.add(("file/mine", None))
-    command = world.command(
-        wire.AttachStorage, backend="file", extra_config_json='{"file_storage_path": "/mine"}', mode="drain"
-    )
-    until(world, lambda: all(any(a.id == command for a in rank.answers) for rank in world.ranks))
-    assert not world.answer(command).success
-    world.sick.clear()
-    until(world, lambda: serving(world) == "primary")
-    assert world.ranks[0].core.tiers.slot.backend == "memory"
-    finish(world)
-
-
-def test_nothing_is_attached_while_the_weights_change() -> None:
-    world = world_at("waiting")
-    command = world.command(wire.UpdateWeights, weights_digest="b" * 64, model_path="", deadline_s=30.0)
-    step(world)
-    assert failover(world).next_deadline_us() is None
-    world.sick.clear()
-    elapse(world, 10)
-    assert serving(world) == "" and not world.ranks[0].canaries
-    for rank in world.ranks:
-        rank.end_staging()
-    until(world, lambda: serving(world) == "primary")
-    assert world.answer(command).success
-    finish(world)
-
-
-def test_the_end_of_the_server_ends_it() -> None:
-    world = world_at("waiting")
-    world.command(wire.DetachStorage, flush_timeout_s=0.1, deadline_s=1.0)
-    world.sick.clear()
-    elapse(world, 10)
-    assert serving(world) == "" and state(world) is Trust.OFF
-    finish(world)
-
-
-# ------------------------------------------------------------------------------------------------- the start
-
-
-@pytest.mark.parametrize("level", ["off", "auto_detach", "auto_reconnect", "failover"])
-def test_a_store_that_is_not_there_at_the_start_is_attached_when_it_comes(level: str) -> None:
-    world = World(0, 2, fault_rate=0.0, config=server_config(2, device_pages=200, host_pages=200))
-    world.sick = {("memory", 1), ("file/a", None)}
-    command = attach(world, level, A, fields={"keeps_trying": True})
-    elapse(world, 6)
-    assert not world.answer(command).success and state(world) in (Trust.OPEN, Trust.HALF_OPEN)
-    world.sick.clear()
-    until(world, lambda: serving(world) == "primary")
-    assert state(world) is (Trust.OFF if level == "off" else Trust.CLOSED)
-    ask(world)
-    finish(world)
-    assert world.store
-
-
-def test_without_the_wish_a_failed_start_is_final() -> None:
-    world = World(0, 2, fault_rate=0.0, config=server_config(2))
-    world.sick = {("memory", None)}
-    attach(world, "auto_reconnect")
-    elapse(world, 6)
-    world.sick.clear()
-    elapse(world, 20)
-    assert serving(world) == "" and state(world) is Trust.OFF
-    finish(world)
-
-
-def test_a_start_that_an_operator_gives_up_is_not_tried_again() -> None:
-    world = World(0, 2, fault_rate=0.0, config=server_config(2))
-    attach(world, "auto_reconnect", fields={"keeps_trying": True})
-    step(world)
-    world.command(wire.DetachStorage, mode="force", deadline_s=1.0)
-    elapse(world, 20)
-    assert serving(world) == "" and state(world) is Trust.OFF
-    finish(world)
-
-
 # ------------------------------------------------------------------------------------------------ what is told
 
 
@@ -528,64 +346,3 @@ def test_the_log_has_a_line_for_each_thing_that_changed(caplog: pytest.LogCaptur
     assert lines[-1] == "primary (memory) serves: failback"
     assert lines[-2].startswith("primary (memory) is well again")
     assert len(lines) <= 5, "a line for each canary would fill the log of a store that is out for a night"
-
-
-# --------------------------------------------------------------------------------------------------- anything
-
-
-HASTY = {"min_ops": 4, "window_s": 0.5, "backoff_initial_s": 0.02, "backoff_max_s": 0.2, "healthy_s": 0.3}
-
-
-@functools.cache
-def life(seed: int, steps: int) -> World:
-    """Requests, commands, and stores that fall sick and get well, at random moments."""
-    ranks, level = 2 + seed % 2, ("off", "auto_detach", "auto_reconnect", "failover")[seed % 4]
-    world = World(seed, ranks, fault_rate=0.002, config=server_config(ranks, device_pages=60, host_pages=80))
-    chance = world.random
-    names = [(name, rank) for name in ("memory", "file/a", "file/b") for rank in (None, 0, 1)]
-    world.check_each_tick = seed % 4 == 1
-    attach(world, level, A, B, **HASTY)
-    for _ in range(steps):
-        draw = chance.random()
-        if draw < 0.05:
-            world.submit(world.some_tokens())
-        elif draw < 0.054:
-            sick = chance.choice(names)
-            world.sick ^= {sick}
-        elif draw < 0.055:
-            world.command(wire.DetachStorage, mode=chance.choice(("idle", "drain", "force")), deadline_s=0.3)
-        elif draw < 0.0565:
-            fields = {"switch": chance.random() < 0.5, "keeps_trying": chance.random() < 0.5}
-            attach(world, chance.choice(LEVELS), A, B, fields=fields, **HASTY)
-        elif draw < 0.057:
-            world.command(wire.FlushCache, timeout_s=0.2)
-        elif draw < 0.0573:
-            world.command(wire.UpdateWeights, weights_digest=f"{chance.randrange(3)}" * 64)
-        for _ in world.ranks:
-            world.happen()
-    world.settle()
-    world.check()
-    return world
-
-
-SEEDS, STEPS = (2, 3, 5, 6, 7, 11), 900
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_sick_stores_and_commands_at_random_moments_part_no_ranks(seed: int) -> None:
-    first, *others = (rank.news for rank in life(seed, STEPS).ranks)
-    assert all(other == first for other in others)
-
-
-def test_random_lives_reach_what_they_are_meant_to_test() -> None:
-    """The same lives: a world in which no store ever came back would prove nothing."""
-    worlds = [life(seed, STEPS) for seed in SEEDS]
-    causes = {cause.split()[0] for world in worlds for cause, *_ in news(world)}
-    assert causes == {"command", "breaker", "reconnect", "failover", "failback"}
-    assert sum(failover(world).breaker.trips for world in worlds) > 3
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("seed", range(100, 140))
-def test_sick_stores_and_commands_at_random_moments_long(seed: int) -> None:
-    life(seed, steps=6000)
