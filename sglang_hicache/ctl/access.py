@@ -11,8 +11,10 @@ import stat
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
+from sglang_hicache import __version__
 from sglang_hicache.ctl.client import Client
 from sglang_hicache.ctl.console import Console
+from sglang_hicache.ctl.exits import Refused
 from sglang_hicache.errors import UserError
 
 #: `Client`, or one that can do more.
@@ -68,8 +70,17 @@ def add_command(commands: Any, name: str, run: Run | None, about: str) -> argpar
     )
     add_common(parser, default=argparse.SUPPRESS)
     if run is not None:
-        parser.set_defaults(run=run)
+        parser.set_defaults(run=lambda args, console: _asked(run, args, console))
     return parser
+
+
+def _asked(run: Run, args: argparse.Namespace, console: Console) -> int:
+    """Whatever is at the URL may answer; what a command cannot make head or tail of is no answer of ours."""
+    try:
+        return run(args, console)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        why = f"({type(error).__name__}: {error}); is --url that of a server?"
+        raise Refused(f"the answer is not one that hicachectl {__version__} knows {why}") from error
 
 
 def client_of(args: argparse.Namespace, kind: type[AnyClient] = Client) -> AnyClient:

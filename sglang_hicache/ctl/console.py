@@ -29,11 +29,11 @@ class Console:
         if self.is_json:
             self.json({"ok": code is Exit.OK, "message": message, **fields})
         elif code is Exit.OK:
-            self.screen.lines(printable(line) for line in message.splitlines())
+            self.screen.lines(message.splitlines())
         else:
-            self.note("\n".join(printable(line) for line in message.splitlines()))
+            self.note(message)
         return code
 
     def note(self, text: str) -> None:
         """For whoever watches."""
-        print(text, file=sys.stderr, flush=True)
+        print("\n".join(map(printable, text.splitlines())), file=sys.stderr, flush=True)

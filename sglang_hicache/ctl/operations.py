@@ -121,7 +121,9 @@ def _row(operation: dict[str, Any]) -> list[Any]:
 
 
 def _ask(client: Client, operation_id: str) -> dict[str, Any]:
-    found: dict[str, Any] = client.ask(_path(operation_id))
+    found = client.ask(_path(operation_id))
+    if not isinstance(found, dict) or not {"state", "message", "kind", "took_s"} <= found.keys():
+        raise Refused(f"what {client.url} tells of it is no operation; is --url that of a server?")
     return found
 
 

@@ -17,6 +17,9 @@ from typing import Any, TextIO
 #: Half a surrogate pair is among them: JSON can bring one, and no terminal takes it.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+#: Our own colours: all that a terminal gets to obey.
+_COLOUR = re.compile(r"(\x1b\[(?:1|32|33|31;1|0)m)")
+
 #: A terminal narrower than this is written past its edge.
 _NARROWEST = 60
 
@@ -75,8 +78,9 @@ class Screen:
         self._columns = max(_NARROWEST, shutil.get_terminal_size().columns) if is_terminal else None
 
     def line(self, text: str = "") -> None:
-        """As it is."""
-        print(text, file=self._out)
+        """In our colours, and whatever else could steer the terminal made visible."""
+        parts = _COLOUR.split(text) if self._has_colour else [text]
+        print("".join(part if _COLOUR.fullmatch(part) else printable(part) for part in parts), file=self._out)
 
     def lines(self, texts: Iterable[str]) -> None:
         """The same for several."""

@@ -100,6 +100,20 @@ def test_ctrl_c_says_that_it_goes_on_and_where_to_look(run: Run, monkeypatch: py
     assert f"operations wait {ID}" in ran.err and f"operations cancel {ID}" in ran.err
 
 
+def test_an_id_is_shown_and_not_obeyed(server: FakeServer, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "_SILENCE_S", 0.0)
+    server.says("PUT", STORAGE, Said({}, 202, "id\x1b[2J"))
+    assert "\\x1b" in (ran := run("attach", "file")).err and "\x1b" not in ran.out + ran.err
+
+
+@pytest.mark.parametrize("told", [[], {}, '"x"', {"state": "running"}, 7])
+def test_what_is_no_operation_is_no_end_of_one(server: FakeServer, run: Run, told: object) -> None:
+    """The change has begun: neither yes nor no."""
+    server.says("GET", OPERATION, Said(told))
+    ran = run("attach", "file")
+    assert ran.code == 4 and "is no operation" in ran.err
+
+
 def test_a_long_wait_says_what_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "_SILENCE_S", 0.0)
     ran = run("attach", "file", "--json")

@@ -52,6 +52,16 @@ def test_the_wrong_key(server: FakeServer, run: Run) -> None:
     assert ran.code == 1 and "Unauthorized" in ran.err and "--key-file" in ran.err
 
 
+@pytest.mark.parametrize("line", ["status", "operations", "incidents"])
+@pytest.mark.parametrize("told", [[], {}, 7, {"operations": [1], "incidents": [{}], "ranks": {}}])
+def test_a_server_of_another_kind(server: FakeServer, run: Run, line: str, told: object) -> None:
+    for path in ("storage-backend", "operations", "incidents"):
+        server.says("GET", f"/hicache/{path}", Said(told))
+    ran = run(line)
+    assert ran.code == 1 and "is --url that of a server?" in ran.err and len(ran.err.splitlines()) == 1
+    assert json.loads(run(line, "--json").out) == told
+
+
 def test_a_reader_that_has_seen_enough(server: FakeServer) -> None:
     """`hicachectl ... | head -1` is no error, and says nothing about one."""
     server.says("GET", "/hicache/operations", Said({"operations": ["x" * 100_000]}))

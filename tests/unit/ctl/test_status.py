@@ -156,6 +156,7 @@ def test_no_text_of_the_server_steers_the_terminal(show: Callable[..., str]) -> 
     bad = rank(0, last_error=hostile, last_error_age_s=1.0, backend=hostile)
     out = show(
         ranks=[bad, bad], why=[hostile], hicache_storage_backend=hostile, operation=[operation(message=hostile)],
-        breaker=breaker(reason=hostile, serving=hostile), incidents=[incident(cause=hostile)],
+        breaker=breaker(reason=hostile, serving=hostile, state=hostile, level=hostile),
+        incidents=[incident(cause=hostile)], hicache_storage_prefetch_policy=hostile, hicache_write_policy=hostile,
     )  # fmt: skip
     assert "\x1b" not in out

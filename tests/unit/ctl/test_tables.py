@@ -76,6 +76,16 @@ def test_colour_is_for_terminals(
     assert Screen(out()).bad("x") == ("\x1b[31;1mx\x1b[0m" if is_coloured else "x")
 
 
+def test_a_terminal_gets_our_colours_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    screen, plain = Screen(terminal := _Terminal()), Screen(file := io.StringIO())
+    screen.line(f"{screen.bad('sick')} \x1b[2J\x1b[31;1;5m\x9b")
+    plain.line("\x1b[32mwell")
+    assert terminal.getvalue() == "\x1b[31;1msick\x1b[0m \\x1b[2J\\x1b[31;1;5m\\x9b\n"
+    assert file.getvalue() == "\\x1b[32mwell\n"
+
+
 def test_a_sentence_is_wrapped_for_people_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     words = "word " * 20
