@@ -12,8 +12,10 @@ Threads: any; the lanes of a storage process share one `FaultControl`.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import stat
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +26,9 @@ from sglang_hicache.private_file import write_private_blocking
 from sglang_hicache.storage.settings import Fault, Faults
 
 log = logging.getLogger(__name__)
+
+#: More than faults of every call would take.
+_MOST_BYTES = 1 << 20
 
 
 class FaultControl:
@@ -44,12 +49,25 @@ class FaultControl:
                 if seen == self._seen:
                     return None
                 self._seen = seen
-                return msgspec.json.decode(Path(self.path).read_bytes(), type=Faults).faults
+                return read_faults(self.path)
             except FileNotFoundError:
                 return None
             except (OSError, msgspec.DecodeError) as error:
                 log.warning("the control file %s says nothing new: %s", self.path, error)
                 return None
+
+
+def read_faults(path: str | Path) -> Mapping[str, Fault]:
+    """What a control file says.  OSError; msgspec.DecodeError: it is none."""
+    # Without O_NONBLOCK a named pipe in its place would hold every lane, and no fault says so.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        content = os.read(descriptor, _MOST_BYTES)
+    finally:
+        os.close(descriptor)
+    return msgspec.json.decode(content, type=Faults).faults
 
 
 def write_faults(path: Path, faults: Mapping[str, Fault]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import stat
 import threading
 import time
@@ -148,6 +149,11 @@ def test_faults_of_a_control_file_that_is_there_already_strike_the_open(open_bac
     write_faults(control, {"open": Fault(kind="error")})
     with pytest.raises(StorageError, match="sabotaged open"):
         open_backend("faulty", _controlled(control))
+
+
+def test_a_pipe_in_the_place_of_a_control_file_holds_nobody(open_backend: Open, tmp_path: Path) -> None:
+    os.mkfifo(control := tmp_path / "control.json")
+    open_backend("faulty", _controlled(control, faults={"touch": {"kind": "slow"}}))
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"faults": {"exists": {"kind": "flip"}}}', '{"fault": {}}'])

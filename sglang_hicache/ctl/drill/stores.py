@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from sglang_hicache.ctl.drill.scenario import (
     AttachStep,
     DryRunStep,
@@ -27,7 +29,7 @@ from sglang_hicache.ctl.drill.scenario import (
 )
 from sglang_hicache.errors import UserError
 from sglang_hicache.observe import REDACTED, redacted
-from sglang_hicache.storage.fault_control import write_faults
+from sglang_hicache.storage.fault_control import read_faults, write_faults
 from sglang_hicache.storage.settings import COMMON_KEYS, Fault
 
 _SABOTEUR = "faulty"
@@ -100,8 +102,10 @@ def _live_store(scenario: Scenario, status: Mapping[str, Any]) -> Store | None:
         raise UserError(f"the drill wants its store {name!r} to be attached at the start, and the server has none")
     controls = {rank.get("backend_info", {}).get("control") for rank in status["ranks"]}
     control = controls.pop() if backend == _SABOTEUR and len(controls) == 1 else None
+    # A drill that injects nothing has nothing to take away either.
+    is_used = control and any(isinstance(step, FaultStep | HealStep | KillStep) for step in scenario.timeline)
     config = _config(status["hicache_storage_backend_extra_config"])
-    return Store(name, backend, config, Path(control) if control else None)
+    return Store(name, backend, config, Path(control) if is_used else None)
 
 
 def _check_foreign(scenario: Scenario, live: Store | None) -> None:
@@ -132,6 +136,16 @@ def _check_control(store: Store | None, scenario: Scenario) -> None:
             f"the control file {where} of {scenario.server.store!r} cannot be written from here; run the drill on the "
             "server's machine, as its user"
         )
+    # The name comes from the server, and what is written replaces what is there.
+    try:
+        read_faults(where)
+    except FileNotFoundError:
+        pass
+    except (OSError, msgspec.DecodeError) as error:
+        raise UserError(
+            f"the server says that {where} is the control file of {scenario.server.store!r}, but it is none, and is "
+            f"left as it is: {error}"
+        ) from error
 
 
 def _check_config(name: str, scenario: Scenario, live: Store | None) -> None:

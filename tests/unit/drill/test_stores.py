@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from sglang_hicache.ctl.drill.scenario import StoreTable
-from sglang_hicache.ctl.drill.stores import own_stores
+from sglang_hicache.ctl.drill.scenario_file import parse
+from sglang_hicache.ctl.drill.stores import Store, foreign_stores, own_stores
+from sglang_hicache.errors import UserError
 from sglang_hicache.storage import registry
+from sglang_hicache.storage.fault_control import write_faults
 from sglang_hicache.storage.settings import Fault
 
 
@@ -61,3 +65,35 @@ def test_a_store_knows_itself_in_a_status_that_hides_its_secrets(tmp_path: Path)
     assert not store.is_attached(status("redis", "{}"))
     assert not store.is_attached(status("file", '{"password": "***"}'))
     assert not store.is_attached(status(None, None))
+
+
+def _foreign(control: Path, *steps: str) -> dict[str, Store]:
+    """The stores of a drill with these steps, as a server tells them that has a saboteur around its store."""
+    timeline = "".join(f"\n[[timeline]]\n{step}\n" for step in steps)
+    head = 'name = "x"\nabout = ""\nserver.store = "main"\nstores.main = {backend = "memory", sabotaged = true}'
+    told = {"hicache_storage_backend": "faulty", "hicache_storage_backend_extra_config": "{}"}
+    return foreign_stores(parse(head + timeline), told | {"ranks": [{"backend_info": {"control": str(control)}}] * 2})
+
+
+def test_a_file_that_is_no_control_file_is_not_overwritten_whatever_a_server_says(tmp_path: Path) -> None:
+    control = tmp_path / "control.json"
+    fault = 'do = "fault"\nstore = "main"\nfaults.read.kind = "error"'
+    assert _foreign(control, fault)["main"].control == control
+    write_faults(control, {})
+    assert _foreign(control, fault)["main"].control == control
+    control.write_text("ssh-ed25519 AAAA me\n")
+    for step in (fault, 'do = "heal"\nstore = "main"', 'do = "kill"'):
+        with pytest.raises(UserError, match="but it is none, and is left as it is"):
+            _foreign(control, step)
+    control.unlink()
+    os.mkfifo(control)
+    with pytest.raises(UserError, match="no regular file"):
+        _foreign(control, fault)
+
+
+def test_a_drill_without_faults_takes_none_away(tmp_path: Path) -> None:
+    control = tmp_path / "control.json"
+    control.write_text("mine")
+    for store in _foreign(control, 'do = "detach"').values():
+        store.heal()
+    assert control.read_text() == "mine"
