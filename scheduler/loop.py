@@ -125,14 +125,19 @@ class TickLoop:
 
     def _status(self, query_id: str, now: int) -> wire.StatusAnswer:
         status, driver, update = self._core.status.answer(query_id, now), self._driver, self._core.update
+        last_error, age_s = status.last_error, status.last_error_age_s
+        failure, failed_us = driver.failure(status.epoch)
+        # The younger one: a switch that was refused an hour ago must not hide that the store which serves fails now.
+        if failure and (not last_error or now - failed_us < age_s * 1e6):
+            last_error, age_s = failure, (now - failed_us) / 1e6
         return msgspec.structs.replace(
             status,
             backend_info=driver.info(status.epoch),
             backend_stats=driver.stats(status.epoch),
             counters=status.counters | driver.counters.snapshot(),
             totals=merged(status.totals, driver.totals()),
-            last_error=status.last_error or driver.failure(status.epoch),
-            last_error_age_s=(now - driver.failed_us) / 1e6,
+            last_error=last_error,
+            last_error_age_s=age_s,
             model_path=update.model_path,
             weight_version=update.weight_version,
             weights_digest=update.weights_digest,

@@ -117,6 +117,7 @@ class RankStatus:
             quarantined_pages=tiers.quarantine.pages,
             extra_config_json=shown.extra_config_json if shown else "",
             last_error=slot.last_error,
+            last_error_age_s=(now_us - slot.failed_us) / 1e6,
             prefetch_policy=tiers.prefetcher.policy,
             write_policy=controller.write_policy,
             counters=self._counters(),

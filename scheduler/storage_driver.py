@@ -116,8 +116,8 @@ class StorageDriver:
         self.counters = Counters()
         #: By backend: what the processes that are gone have counted.
         self._past: dict[str, Counter[str]] = {}
-        #: Clock of the latest poll, and of the latest failure of an op or a process.
-        self._now_us = self.failed_us = 0
+        #: Clock of the latest poll.
+        self._now_us = 0
 
     # ------------------------------------------------------------------------------------------- from the core
 
@@ -239,7 +239,7 @@ class StorageDriver:
             before_us = process.failed_us.get(kind)
             is_news = before_us is None or self._now_us - before_us > RELAPSE_US
             process.failure = reason
-            process.failed_us[kind] = self.failed_us = self._now_us
+            process.failed_us[kind] = self._now_us
         level = logging.WARNING if is_news else logging.DEBUG
         log.log(level, "storage failed: %s", reason, extra={"op": message.op_id, "epoch": epoch})
 
@@ -263,7 +263,6 @@ class StorageDriver:
         process.client.close()
         self._past.setdefault(process.backend, Counter()).update(process.counted())
         del self._processes[epoch]
-        self.failed_us = self._now_us if process.told != "stopped" or status else self.failed_us
         how = f"killed by signal {-status}" if status is not None and status < 0 else f"exit code {status}"
         if not process.told:
             log.error("the storage process has ended by itself: %s", how, extra={"epoch": epoch})
@@ -324,10 +323,11 @@ class StorageDriver:
             totals.setdefault(process.backend, Counter()).update(process.counted())
         return totals
 
-    def failure(self, epoch: int) -> str:
-        """Why the latest op of an epoch that failed did, "" if none has: the store is attached, and yet of no use."""
+    def failure(self, epoch: int) -> tuple[str, int]:
+        """Why the latest op of an epoch that failed did, "" if none has - the store is attached, and yet of no use -
+        and the clock of that."""
         process = self._processes.get(epoch)
-        return process.failure if process is not None else ""
+        return (process.failure, max(process.failed_us.values(), default=0)) if process is not None else ("", 0)
 
     def close(self) -> None:
         """At the very end: nothing of what is left may outlive the rank."""

@@ -63,8 +63,9 @@ class StorageSlot:
         self.now_us = 0
         #: Counts clears; nodes tag "stored" with (epoch, generation).
         self.generation = 0
-        #: Why the latest attachment failed or was killed; "" after a commit.
-        self.last_error = ""
+        self._last_error = ""
+        #: Leader's clock when it was set.
+        self.failed_us = 0
         self._digest = digest
         #: Without the operations, which would soon push the attachments out of it.
         self._story = Story("the storage slot")
@@ -110,6 +111,15 @@ class StorageSlot:
         """Operations of an epoch that are admitted and not closed."""
         attachment = self.find(epoch)
         return attachment.in_flight if attachment else 0
+
+    @property
+    def last_error(self) -> str:
+        """Why the latest attachment failed or was killed; "" after a commit."""
+        return self._last_error
+
+    @last_error.setter
+    def last_error(self, why: str) -> None:
+        self._last_error, self.failed_us = why, self.now_us
 
     @property
     def epoch(self) -> int:

@@ -14,7 +14,7 @@ from sglang_hicache.heartbeat import Heartbeat
 from sglang_hicache.observe import without_secrets
 from sglang_hicache.scheduler.core import SchedulerCore
 from sglang_hicache.scheduler.failover import Canary
-from sglang_hicache.scheduler.loop import TickLoop
+from sglang_hicache.scheduler.loop import TickLoop, now_us
 from sglang_hicache.scheduler.mailbox import LeaderMailbox
 from sglang_hicache.scheduler.probes import Probes
 from sglang_hicache.scheduler.storage_driver import StorageDriver
@@ -149,6 +149,22 @@ def test_a_question_about_the_status_is_answered_without_a_plan(one_rank):
         (status,) = rank.run(wire.QueryStatus(id="q"), SHUTDOWN)
         assert (status.id, status.rank, status.state) == ("q", 0, "detached")
         assert rank.core.tick == 1, "only the shutdown took a plan"
+
+
+@pytest.mark.parametrize(("refused_s_ago", "told"), [(3600, "io: page 7"), (0, "not_found: no such folder")])
+def test_the_last_error_is_the_younger_of_the_slot_s_and_the_store_s(one_rank, monkeypatch, refused_s_ago, told):
+    """1. A switch is refused; the old store serves on. 2. An hour later that one fails. 3. The status said "no such
+    folder, 0.1 s ago", of a folder that nobody uses, and nothing of what had just happened."""
+    failed_us = now_us() - 60_000_000
+    monkeypatch.setattr(StorageDriver, "failure", lambda self, epoch: ("io: page 7", failed_us))
+    with contextlib.ExitStack() as stack:
+        rank = Rank(one_rank, stack, SyntheticWorker())
+        slot = rank.core.tiers.slot
+        slot.now_us = now_us() - refused_s_ago * 1_000_000
+        slot.last_error = "not_found: no such folder"
+        (status,) = rank.run(wire.QueryStatus(id="q"), SHUTDOWN)
+    assert status.last_error == told
+    assert status.last_error_age_s >= 60.0 if refused_s_ago else status.last_error_age_s < 60.0
 
 
 UPDATE = wire.UpdateWeights(id="u", deadline_s=60.0, model_path="/new", weights_digest="w1", weight_version="v1")

@@ -68,23 +68,23 @@ def test_only_the_newest_progress_of_an_op_is_told(storage):
 def test_a_store_that_fails_says_why_once_in_the_log_and_always_in_the_status(storage, caplog):
     """1. The disk is full. 2. Serving goes on, every write fails. 3. Nobody was told: attached, and no error."""
     client = spawn(storage)
-    assert storage.driver.failure(1) == ""
+    assert storage.driver.failure(1) == ("", 0)
     client.said = [wire.OpProgress(op_id=1, pages=0, settled=True, closed=True, reason="revoked")]
     facts(storage)
-    assert storage.driver.failure(1) == "" and not caplog.records, "a revoked op is no failure"
+    assert storage.driver.failure(1) == ("", 0) and not caplog.records, "a revoked op is no failure"
     for op_id in (2, 3):
         reason = f"no_space: cannot write page {op_id}"
         client.said = [wire.OpProgress(op_id=op_id, pages=0, settled=True, closed=True, reason=reason)]
         facts(storage)
-        assert storage.driver.failure(1) == reason
+        assert storage.driver.failure(1)[0] == reason
     client.said = [wire.OpProgress(op_id=4, pages=0, settled=True, closed=True, reason="revoked")]
     facts(storage)
-    assert storage.driver.failure(1) == "no_space: cannot write page 3"
+    assert storage.driver.failure(1)[0] == "no_space: cannot write page 3"
     assert [record.getMessage() for record in caplog.records] == ["storage failed: no_space: cannot write page 2"]
     storage.driver.carry_out(Stop(1), now_us=0)
     client.status = 0
     facts(storage)
-    assert storage.driver.failure(1) == "", "the next attachment starts clean"
+    assert storage.driver.failure(1) == ("", 0), "the next attachment starts clean"
 
 
 def test_a_failure_has_an_age_and_is_news_again_after_a_rest(storage, caplog):
@@ -98,21 +98,11 @@ def test_a_failure_has_an_age_and_is_news_again_after_a_rest(storage, caplog):
         reason = f"no_space: page {number}"
         client.said = [wire.OpProgress(op_id=number, pages=0, settled=True, closed=True, reason=reason)]
         facts(storage, now_us=now_us)
-        assert storage.driver.failed_us == now_us
+        assert storage.driver.failure(1) == (reason, now_us)
     assert [record.getMessage()[-1] for record in caplog.records] == ["0", "0", "3", "3"]
     client.said = [wire.OpProgress(op_id=9, pages=0, settled=True, closed=True, reason="revoked")]
     facts(storage, now_us=11 + 2 * RELAPSE_US)
-    assert storage.driver.failed_us == 10 + 2 * RELAPSE_US, "a revoked op is no failure"
-
-
-@pytest.mark.parametrize(("asked", "failed_us"), [(True, 0), (False, 5)])
-def test_the_end_of_a_process_is_a_failure_unless_it_was_asked_to_go(storage, asked, failed_us):
-    client = spawn(storage)
-    if asked:
-        storage.driver.carry_out(Stop(1), now_us=1)
-    client.status = 0 if asked else -9
-    facts(storage, now_us=5)
-    assert storage.driver.failed_us == failed_us
+    assert storage.driver.failure(1) == (reason, 10 + 2 * RELAPSE_US), "a revoked op is no failure"
 
 
 @pytest.mark.parametrize(("status", "level"), [(0, "INFO"), (-9, "WARNING"), (1, "WARNING")])
