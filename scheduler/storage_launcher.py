@@ -16,7 +16,7 @@ from sglang_hicache.cache.page import namespace
 from sglang_hicache.cache.pools import HostPool
 from sglang_hicache.config import ServerConfig
 from sglang_hicache.errors import UserError
-from sglang_hicache.observe import learn_secrets
+from sglang_hicache.observe import learn_secrets, learn_variables
 from sglang_hicache.storage.attachment_events import Spawn
 from sglang_hicache.storage.placeholders import Node, resolved
 from sglang_hicache.workers.batch import KVLayout
@@ -67,7 +67,7 @@ class StorageLauncher:
         config, layout = self._config, self._layout
         extra_config_json, used = resolved(extra_config_json, self._node, config.storage.config_env)
         learn_secrets(extra_config_json)
-        learn_secrets(msgspec.json.encode(used).decode())
+        learn_variables(used)
         return wire.OpenBackend(
             rank=self._rank,
             epoch=epoch,

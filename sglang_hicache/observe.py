@@ -34,6 +34,9 @@ _SECRET_NAME = re.compile(
     r"($|[_-]|(?=[A-Z]))"
 )
 
+#: Names of variables keep no order (PGPASSWORD, REDISCLI_AUTH), and one that is hidden for nothing costs little.
+_SECRET_VARIABLE = re.compile(r"(?i)pass|pwd|secret|token|key|cred|auth|cookie|signature|connection|dsn")
+
 #: Names under which a number counts tokens ("prefetch_timeout_per_ki_token") and opens nothing.
 _COUNTS_TOKENS = re.compile(r"(?i)tokens$|(?<!api)(?<!access)(?<!auth)(?<!secret)(?<!session)[_-]token$")
 
@@ -142,6 +145,11 @@ def learn_secrets(extra_config_json: str | None) -> None:
     except (ValueError, RecursionError):
         return  # whoever uses it refuses it
     _of_this_process.learn(secrets_in(config))
+
+
+def learn_variables(environment: Mapping[str, str]) -> None:
+    """The same for variables that have found their way into a config."""
+    _of_this_process.learn(text for name, text in environment.items() if _SECRET_VARIABLE.search(name))
 
 
 def without_secrets(text: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from sglang_hicache.config import PREFETCH_POLICIES, WRITE_POLICIES, ServerConfig, StorageConfig
 from sglang_hicache.errors import HiCacheError, UserError
+from sglang_hicache.extra_config import extra_config_json
 from sglang_hicache.observe import learn_secrets
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.placeholders import check_placeholders
@@ -101,6 +102,7 @@ def _kept_blocking(storage: StorageConfig) -> tuple[Kept | None, str]:
 def _check(kept: Kept, storage: StorageConfig) -> None:
     """It may come from another version of this server, or from somebody's editor."""
     if kept.backend:
+        extra_config_json(kept.extra_config_json, below="")  # what could not have come over HTTP: too deep, a file
         learn_secrets(kept.extra_config_json)
         registry.validate_extra_config(kept.backend, kept.extra_config_json)
         check_placeholders(kept.extra_config_json, storage.config_env)

@@ -32,7 +32,7 @@ from sglang_hicache import wire
 from sglang_hicache.cache.pools import HostPool
 from sglang_hicache.config import LogConfig
 from sglang_hicache.errors import ProtocolError, StorageError
-from sglang_hicache.observe import learn_secrets, report_uncaught, start_logging, without_secrets
+from sglang_hicache.observe import learn_secrets, learn_variables, report_uncaught, start_logging, without_secrets
 from sglang_hicache.sockets import Poller, Pull, Push, ipc_address
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.backend import OpenContext, StorageBackend
@@ -366,7 +366,7 @@ def main() -> int:
     _die_with_parent(bootstrap.parent_pid)
     opened = bootstrap.open
     learn_secrets(opened.extra_config_json)
-    learn_secrets(msgspec.json.encode(opened.environment).decode())
+    learn_variables(opened.environment)
     speaker = f"storage rank {opened.rank} {opened.backend}"
     start_logging(speaker, LogConfig(format=opened.log_format, level=opened.log_level))
     report_uncaught()

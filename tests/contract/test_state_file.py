@@ -193,6 +193,8 @@ BROKEN = (
     b'{"backend": "file", "extra_config_json": "{\\"colour\\": 1}"}',
     b'{"backend": "file", "extra_config_json": "{\\"file_storage_path\\": \\"/${env.HOME}\\"}"}',
     b'{"backend": "file", "prefetch_policy": "soon"}', b"[" * 100_000,
+    json.dumps({"backend": "file", "extra_config_json": '{"a": ' * 900 + "1" + "}" * 900}).encode(),
+    b'{"backend": "memory", "extra_config_json": "@/etc/hostname"}',
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from sglang_hicache.observe import (
     Redaction,
     SharedCounters,
     learn_secrets,
+    learn_variables,
     redacted,
     report_uncaught,
     secrets_in,
@@ -179,6 +180,18 @@ def test_secrets_of_a_config_that_comes_later_stay_out_of_log_and_answers(stderr
     assert "31415926" not in text and "over-http-1" not in text
     assert "***" in text
     assert without_secrets("over-http-1 failed") == "*** failed"
+
+
+@pytest.mark.parametrize(
+    ("name", "is_secret"),
+    [
+        ("PGPASSWORD", True), ("REDISCLI_AUTH", True), ("DBPASS", True), ("AZURE_STORAGE_CONNECTION_STRING", True),
+        ("AWS_SECRET_ACCESS_KEY", True), ("HF_TOKEN", True), ("SITE", False), ("SCRATCH", False),
+    ],
+)  # fmt: skip
+def test_variables_whose_names_say_that_they_are_secret(name: str, is_secret: bool) -> None:
+    learn_variables({name: f"value-of-{name}"})
+    assert without_secrets(f"/data/value-of-{name}/0") == ("/data/***/0" if is_secret else f"/data/value-of-{name}/0")
 
 
 def test_no_message_id_or_traceback_can_forge_a_line(stderr):
