@@ -248,7 +248,7 @@ def test_decodes_beside_a_prompt_are_not_its_cost() -> None:
         world.submit(world.prompt(tokens=8), max_new_tokens=200)
     world.rest(0.01)
     ask(world, 3, rest_s=0.0)
-    assert world.gate.prefill_rate() == pytest.approx(rate, rel=0.01)
+    assert world.gate.prefill_rate() == pytest.approx(rate, rel=0.0005), "three tokens of decodes are 0.6 % of each"
 
 
 # ------------------------------------------------------------------------------------------------- the promise
