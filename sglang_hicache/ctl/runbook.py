@@ -7,7 +7,7 @@ import re
 from sglang_hicache.storage.diagnosis import CODES
 
 #: A text about a failure begins with its code, on some ranks after the number of the rank.
-_CODE = re.compile(rf"(?:^|\| |; |rank \d+: )({'|'.join(CODES)}): ")
+_CODE = re.compile(rf"(?:^|\| |; |rank \d+: )({'|'.join(CODES)})(?:: |$)")
 
 
 def runbook(error: str) -> str:

@@ -42,8 +42,11 @@ ENDS = (
     "hung", "killed", "crashed", "cancelled", "tripped_errors", "tripped_slow", "drain_timeout", "unreaped",
 )  # fmt: skip
 
+#: Why operations of a store that is attached stop short, beside codes above (`errors.STOP_CODES` has all).
+STOPS = ("io", "corrupt", "defect", "miss", "other_key")
+
 #: Every code that a `last_error` or a dry run may begin with.
-CODES = (*ADVICE, *ENDS)
+CODES = (*ADVICE, *ENDS, *STOPS)
 
 _BY_ERRNO = {
     **dict.fromkeys((errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EHOSTDOWN), "wrong_host"),

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from sglang_hicache import server_args, store
+from sglang_hicache.cache.storage_ops import UNASKED
 from sglang_hicache.ctl import main as ctl
 from sglang_hicache.ctl.runbook import runbook
+from sglang_hicache.errors import STOP_CODES
 from sglang_hicache.storage.diagnosis import CODES
 from tests.house.source import ROOT
 
@@ -42,6 +44,15 @@ def test_every_code_has_a_page_and_every_page_a_code() -> None:
 def test_the_way_from_an_error_to_its_page_ends_at_a_page() -> None:
     for code in CODES:
         assert (ROOT / runbook(f"{code}: whatever it was")).is_file(), code
+
+
+@pytest.mark.parametrize("code", sorted({*STOP_CODES} - {*UNASKED}))
+def test_what_an_attached_store_fails_with_has_a_page(code: str) -> None:
+    """1. A disk answers every read with EIO; the store stays attached. 2. The status says "io: ..." and nothing of what
+    to do: the commonest failure of all was the one without a page."""
+    for text in (f"{code}: cannot read page 7", code):
+        assert runbook(text) == f"docs/runbooks/{code}.md"
+        assert (ROOT / runbook(text)).is_file()
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.stem not in OTHERS], ids=lambda page: page.stem)

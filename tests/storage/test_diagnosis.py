@@ -9,7 +9,7 @@ import ssl
 import pytest
 
 from sglang_hicache.errors import StorageError, UserError
-from sglang_hicache.storage.diagnosis import ADVICE, CODES, ENDS, Diagnosis, diagnose
+from sglang_hicache.storage.diagnosis import ADVICE, CODES, ENDS, STOPS, Diagnosis, diagnose
 from sglang_hicache.storage.settings import FileSettings
 
 
@@ -80,5 +80,5 @@ def test_chains_that_bite_their_own_tail_end() -> None:
 
 def test_every_code_is_a_word_that_a_file_may_have_as_its_name() -> None:
     assert all(code.replace("_", "").isalpha() and code.islower() for code in CODES)
-    assert len(set(CODES)) == len(CODES) == len(ADVICE) + len(ENDS)
+    assert len(set(CODES)) == len(CODES) == len(ADVICE) + len(ENDS) + len(STOPS)
     assert Diagnosis("hung", "x").code in ENDS
