@@ -89,11 +89,19 @@ def client_of(args: argparse.Namespace, kind: type[AnyClient] = Client) -> AnyCl
     return kind(url, _key(args.key_file or os.environ.get(KEY_FILE_ENV)), cacert=args.cacert or "")
 
 
+def key_of_environment(name: str) -> str:
+    """A key where at least nobody but this user and root can see it; "": there is none."""
+    return _checked(os.environ.get(name, "").strip(), name)
+
+
 def _key(path: str | None) -> str:
-    """Of the file, else of the environment, where at least nobody but this user and root can see it."""
-    key = _key_of_file(path) if path else os.environ.get(KEY_ENV, "").strip()
+    return _checked(_key_of_file(path), path) if path else key_of_environment(KEY_ENV)
+
+
+def _checked(key: str, where: str) -> str:
+    """Refused in words without it: what refuses it later would quote it."""
     if not key.isascii() or not key.isprintable() or " " in key:
-        raise UserError(f"the key of {path or KEY_ENV} holds characters that no key has (blanks, or none of ASCII)")
+        raise UserError(f"the key of {where} holds characters that no key has (blanks, or none of ASCII)")
     return key
 
 

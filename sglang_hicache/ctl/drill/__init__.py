@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from sglang_hicache.ctl.access import URL_ENV, client_of
+from sglang_hicache.ctl.access import URL_ENV, client_of, key_of_environment
 from sglang_hicache.ctl.drill import report, session
 from sglang_hicache.ctl.drill.progress import Voice, show
 from sglang_hicache.ctl.drill.result import Result, Verdict
@@ -78,7 +78,7 @@ def _run_foreign(scenarios: Sequence[Scenario], args: argparse.Namespace) -> lis
             "--i-mean-it if that is what you want, or leave --url out: then the drill starts a server of its own"
         )
     voice = Voice()
-    key = os.environ.get(_LOAD_KEY_ENV, "").strip()
+    key = key_of_environment(_LOAD_KEY_ENV)
     return [session.run_foreign(found, client, key, voice) for found in scenarios]
 
 

@@ -226,6 +226,16 @@ def test_what_it_may_not_do_is_refused_before_anything_is_done(
     assert not server.control.exists()
 
 
+@pytest.mark.parametrize("key", ["ordi\nnary-key", "schlüssel", "ordi nary-key"])
+def test_a_key_of_the_load_that_is_none_is_not_shown(
+    drill: Drill, server: FakeServer, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("HICACHECTL_LOAD_KEY", key)
+    ran = drill()
+    assert ran.code == Exit.USAGE and "the key of HICACHECTL_LOAD_KEY holds characters" in ran.error
+    assert key[-4:] not in ran.error and server.asked == []
+
+
 def test_meaning_it_without_a_url_is_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "scenario.toml"
     path.write_text(SCENARIO)
