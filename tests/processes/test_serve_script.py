@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import http.server
 import json
 import os
 import pty
 import signal
 import stat
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,6 +120,45 @@ def test_one_ctrl_c_in_a_terminal_is_one_stop(tmp_path: Path) -> None:
     text = output.decode()
     assert os.waitstatus_to_exitcode(status) == 0, text
     assert "stopping" in text and "killing" not in text and text.count("exited with code 0") == 3
+
+
+class _SomebodyElse(http.server.BaseHTTPRequestHandler):
+    """Another server, and a ready one."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_port_that_somebody_else_has_is_not_announced_as_ours(tmp_path: Path) -> None:
+    """The script asks the address whether it is ready.
+
+    1. An older server has the port.  Ours starts, and takes seconds to find that out.
+    2. The older one answers the question at once: "Ready", and what is typed next changes the wrong server.
+    """
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _SomebodyElse) as other:
+        serving = threading.Thread(target=other.serve_forever)
+        serving.start()
+        try:
+            ran = subprocess.run(
+                [ROOT / "scripts" / "serve", "--port", str(other.server_port)],
+                cwd="/",
+                env={**os.environ, "XDG_STATE_HOME": str(tmp_path), "HOME": str(tmp_path)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=START_TIMEOUT_S,
+                check=False,
+            )
+        finally:
+            other.shutdown()
+            serving.join()
+    assert ran.returncode == 1 and "Ready" not in ran.stdout
+    assert f"cannot listen on 127.0.0.1 port {other.server_port}" in ran.stdout and "--free-port" in ran.stdout
 
 
 def _read(terminal: int) -> bytes:
