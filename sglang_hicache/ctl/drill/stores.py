@@ -7,6 +7,7 @@ store that is attached is known, and only where somebody has put a saboteur arou
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -138,9 +139,8 @@ def _check_control(store: Store | None, scenario: Scenario) -> None:
         )
     # The name comes from the server, and what is written replaces what is there.
     try:
-        read_faults(where)
-    except FileNotFoundError:
-        pass
+        with contextlib.suppress(FileNotFoundError):
+            read_faults(where)
     except (OSError, msgspec.DecodeError) as error:
         raise UserError(
             f"the server says that {where} is the control file of {scenario.server.store!r}, but it is none, and is "
