@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from sglang_hicache import wire
 from sglang_hicache.cache.backup_pace import MAX_WRITES, has_room
 from sglang_hicache.cache.controller import WRITE_THRESHOLD
-from sglang_hicache.cache.op import WRITES, OpKind
+from sglang_hicache.cache.op import COPIES, WRITES, OpKind
 from sglang_hicache.cache.prefetch import CAPACITY_SHARE
 from sglang_hicache.cache.tiers import Tiers
+
+#: An operation that is under way for so long is worth a sentence.
+STUCK_US = 1_000_000
 
 
 def why(tiers: Tiers, now_us: int, breaker: wire.BreakerStatus) -> list[str]:
@@ -21,9 +24,13 @@ def why(tiers: Tiers, now_us: int, breaker: wire.BreakerStatus) -> list[str]:
     if tiers.slot.gate() is None:
         if breaker.state in ("open", "half_open"):
             return [_taken_out(breaker)]
-        ended = "; last_error says how it ended, and an attach starts it again" if tiers.slot.last_error else ""
-        return [f"storage is {tiers.slot.face().value}: nothing is written or fetched{ended}"]
-    return [*_not_copied(tiers), *_not_written(tiers, now_us), *_not_fetched(tiers), *_not_the_primary(breaker)]
+        # Not "how it ended": the last error may be older than the detach of somebody who had enough of it.
+        ended = "; last_error says what failed last, and an attach starts it again" if tiers.slot.last_error else ""
+        return [f"storage is {tiers.slot.face().value}: nothing is written or fetched{ended}", *_stuck(tiers, now_us)]
+    return [
+        *_stuck(tiers, now_us), *_not_copied(tiers), *_not_written(tiers, now_us), *_not_fetched(tiers),
+        *_not_the_primary(breaker),
+    ]  # fmt: skip
 
 
 def _taken_out(breaker: wire.BreakerStatus) -> str:
@@ -43,6 +50,17 @@ def _not_the_primary(breaker: wire.BreakerStatus) -> Iterator[str]:
     if breaker.serving.startswith("standby"):
         tried = "is being tried" if breaker.next_try_s is None else f"is tried in {breaker.next_try_s:.1f} s"
         yield f"{breaker.serving} serves in the place of the primary, which {tried}: {breaker.reason}"
+
+
+def _stuck(tiers: Tiers, now_us: int) -> Iterator[str]:
+    """Until the time-out nothing else tells that a store has stopped to answer, and requests may wait for it."""
+    ops = [op for op in tiers.ops if op.kind not in COPIES and tiers.slot.find(op.epoch) is not None]
+    oldest = min(ops, key=lambda op: op.started_us, default=None)
+    if oldest is not None and now_us - oldest.started_us >= STUCK_US:
+        yield (
+            f"{len(ops)} operations with the store are under way, the oldest, a {oldest.kind.name.lower()}, for "
+            f"{_seconds(now_us - oldest.started_us)}; a store that ends none within --hicache-storage-op-timeout is hung"
+        )
 
 
 def _not_copied(tiers: Tiers) -> Iterator[str]:

@@ -138,7 +138,8 @@ def _complaints(status: dict[str, Any]) -> Iterator[str]:
     started = status["startup"]
     if started["warning"]:
         yield started["warning"]
-    if started["outcome"] not in (None, "succeeded", "running"):
+    # What has been attached since makes it a matter of the past.
+    if started["outcome"] not in (None, "succeeded", "running") and not status["hicache_storage_backend"]:
         yield f"the attach at start: {started['outcome']}: {started['message']}"
     for name in ("audit", "state_file"):
         if status[name] and status[name]["error"]:

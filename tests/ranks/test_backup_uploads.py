@@ -281,7 +281,7 @@ def test_the_status_of_a_server_that_has_lost_its_store() -> None:
     world = world_with_storage()
     world.ranks[1].storage[1].tell("lost", "segfault")
     world.settle()
-    assert why(world).endswith("; last_error says how it ended, and an attach starts it again")
+    assert why(world).endswith("; last_error says what failed last, and an attach starts it again")
 
 
 def test_the_status_counts_what_was_lost_by_reason() -> None:

@@ -28,6 +28,22 @@ def test_an_op_that_never_ends_is_told_with_its_rank(caplog: pytest.LogCaptureFi
     assert "detached" in words and world.ranks[0].outputs[-1].rid == rid
 
 
+def test_a_store_that_does_not_answer_is_told_before_it_counts_as_hung() -> None:
+    """1. Every call of the store hangs, and requests wait for it. 2. The status said that nothing waits to be written."""
+    world = world_with_storage(store=warm_store())
+    process(world, 1).state = "held"
+    world.submit(PROMPT)
+    tick(world)
+    status = world.ranks[0].core.status
+    assert not any("under way" in sentence for sentence in status.answer("q").why), "it has only begun"
+    (told,) = [words for words in status.answer("q", world.now_us + 3_000_000).why if "under way" in words]
+    assert told.startswith("1 operations with the store are under way, the oldest, a lookup, for 3.0 s; ")
+    world.command(wire.DetachStorage, flush_timeout_s=0.0, deadline_s=9.0)
+    tick(world)
+    draining, told = status.answer("q", world.now_us + 4_000_000).why
+    assert draining.startswith("storage is draining: ") and told.startswith("1 operations ")
+
+
 def test_a_lane_that_hangs_is_noticed_although_requests_keep_coming(caplog: pytest.LogCaptureFixture) -> None:
     """1. A look-up hangs. 2. Those behind it are given up by their requests and revoked in the queue. 3. Each of them
     ended, so the lane seemed to move, and the hang was noticed only once nobody asked any more."""
