@@ -60,6 +60,9 @@ CLOSE_S = 5.0
 #: At the end of a log its newest entry is looked for in so many bytes.  No entry is nearly as long.
 _TAIL_BYTES = 1 << 20
 
+#: Characters after which no further damage is added to what is told: somebody who changes the log may do so all day.
+_LONGEST_DAMAGE = 2000
+
 _LOG_FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -91,6 +94,7 @@ class AuditLog:
         #: Why entries wait, and what has happened to those that were written.
         self._failure = ""
         self._damage = ""
+        self._latest_damage = ""
         if flaw_of_its_mode := flaw_of_mode(os.fstat(self._descriptor).st_mode):
             found.append(flaw_of_its_mode)
         for flaw in found:
@@ -223,8 +227,13 @@ class AuditLog:
         self._failure = failure
 
     def _damaged(self, damage: str) -> None:
+        """Told once, however often it is found, and no more of it than somebody reads."""
+        if damage in self._damage or damage == self._latest_damage:
+            return
+        self._latest_damage = damage
         log.error("the audit log %s %s", self._path, damage)
-        self._damage = "; ".join(filter(None, (self._damage, damage)))
+        if len(self._damage) < _LONGEST_DAMAGE:
+            self._damage = "; ".join(filter(None, (self._damage, damage)))
 
 
 # -------------------------------------------------------------------------------------- lines and files

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -361,6 +362,37 @@ def test_a_log_that_somebody_changes_is_told_and_goes_on(
     assert [json.loads(line)["what"] for line in lines(path)[-2:]] == ["c", "d"]
     assert verify(str(path))
     assert begin().error == ""
+
+
+def test_a_log_that_cannot_come_back_is_told_once(
+    path: Path, begin: Begin, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = begin()
+    write(log, "a")
+    path.unlink()
+    path.mkdir()
+    tries, opened = threading.Semaphore(0), audit._open_blocking
+
+    def opened_again(path: Path) -> int:
+        tries.release()
+        return opened(path)
+
+    monkeypatch.setattr(audit, "_open_blocking", opened_again)
+    monkeypatch.setattr(audit, "RETRY_S", 0.01)
+    waiting = log.append({"event": "test", "what": "b"})
+    assert all(tries.acquire(timeout=PATIENCE_S) for _ in range(20))
+    assert log.error.count("was removed or replaced") == caplog.text.count("was removed or replaced") == 1
+    path.rmdir()
+    assert waiting.result(PATIENCE_S).startswith("2-")
+
+
+def test_damage_has_an_end(path: Path, begin: Begin) -> None:
+    log = begin()
+    for number in range(100):
+        with path.open("a") as file:
+            file.write("x" * number + "\n")
+        write(log, "a")
+    assert 1000 < len(log.error) < 3000
 
 
 def test_a_process_that_is_killed_leaves_a_log_that_continues(path: Path, begin: Begin) -> None:
