@@ -57,9 +57,10 @@ def _stuck(tiers: Tiers, now_us: int) -> Iterator[str]:
     ops = [op for op in tiers.ops if op.kind not in COPIES and tiers.slot.find(op.epoch) is not None]
     oldest = min(ops, key=lambda op: op.started_us, default=None)
     if oldest is not None and now_us - oldest.started_us >= STUCK_US:
+        kind, lasted = oldest.kind.name.lower(), _seconds(now_us - oldest.started_us)
         yield (
-            f"{len(ops)} operations with the store are under way, the oldest, a {oldest.kind.name.lower()}, for "
-            f"{_seconds(now_us - oldest.started_us)}; a store that ends none within --hicache-storage-op-timeout is hung"
+            f"{len(ops)} operations with the store are under way, the oldest, a {kind}, for {lasted}; a store that ends "
+            "none within --hicache-storage-op-timeout is hung"
         )
 
 

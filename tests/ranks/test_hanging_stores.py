@@ -29,7 +29,7 @@ def test_an_op_that_never_ends_is_told_with_its_rank(caplog: pytest.LogCaptureFi
 
 
 def test_a_store_that_does_not_answer_is_told_before_it_counts_as_hung() -> None:
-    """1. Every call of the store hangs, and requests wait for it. 2. The status said that nothing waits to be written."""
+    """1. Every call of the store hangs, and requests wait for it. 2. The status said that nothing waits."""
     world = world_with_storage(store=warm_store())
     process(world, 1).state = "held"
     world.submit(PROMPT)

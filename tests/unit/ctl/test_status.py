@@ -123,7 +123,11 @@ def test_what_is_live_and_what_the_start_was_told(show: Callable[..., str], then
 
 def test_what_does_not_work_beside_the_storage(show: Callable[..., str]) -> None:
     started = status()["startup"] | {"outcome": "failed", "message": "not_found: no folder", "warning": "set aside"}
-    broken = {"startup": started, "audit": {"head": "3-abc", "error": "disk full"}, "state_file": {"error": "read-only"}}
+    broken = {
+        "startup": started,
+        "audit": {"head": "3-abc", "error": "disk full"},
+        "state_file": {"error": "read-only"},
+    }
     out = show(hicache_storage_backend=None, hicache_storage_backend_extra_config=None, **broken)
     assert "trouble   set aside\ntrouble   the attach at start: failed: not_found: no folder\n" in out
     assert "trouble   audit: disk full\ntrouble   state file: read-only\n" in out
