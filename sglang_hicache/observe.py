@@ -107,17 +107,23 @@ class Redaction:
     """Takes secrets out of finished texts, wherever they came from (an exception, a library's message)."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
+        #: Those that no attach may crowd out, and the latest of those that it brings.
+        self._own: dict[str, None] = {}
         self._secrets: dict[str, None] = {}
         self._known: re.Pattern[str] | None = None
-        self.learn(secrets)
+        self.learn(secrets, for_ever=True)
 
-    def learn(self, secrets: Iterable[str]) -> None:
+    def learn(self, secrets: Iterable[str], *, for_ever: bool = False) -> None:
         """From now on these are taken out as well.  Any thread; the oldest of very many are forgotten."""
-        fresh = [text for text in secrets if len(text) >= _SHORTEST_SECRET and text not in self._secrets]
+        known = self._own if for_ever else self._own | self._secrets
+        fresh = [text for text in secrets if len(text) >= _SHORTEST_SECRET and text not in known]
         if not fresh:
             return
-        self._secrets = dict.fromkeys([*self._secrets, *fresh][-_MOST_SECRETS:])
-        forms = {form for text in self._secrets for form in _written_forms(text)}
+        if for_ever:
+            self._own |= dict.fromkeys(fresh)
+        else:
+            self._secrets = dict.fromkeys([*self._secrets, *fresh][-_MOST_SECRETS:])
+        forms = {form for text in self._own | self._secrets for form in _written_forms(text)}
         longest_first = sorted(forms, key=len, reverse=True)
         # A number is replaced where it stands alone, not inside every time stamp.
         patterns = [rf"(?<!\d){text}(?!\d)" if text.isdecimal() else re.escape(text) for text in longest_first]
@@ -227,7 +233,7 @@ class JsonFormatter(_Formatter):
 
 def start_logging(speaker: str, config: LogConfig, secrets: Iterable[str] = ()) -> None:
     """Send this process's log to stderr; `speaker` is its role and rank, as `ps` shows them."""
-    _of_this_process.learn(secrets)
+    _of_this_process.learn(secrets, for_ever=True)
     formatter_class = JsonFormatter if config.format == "json" else TextFormatter
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter_class(speaker, _of_this_process))

@@ -165,6 +165,12 @@ def test_very_many_secrets_and_very_long_texts_cost_little():
     assert time.process_time() - started < 5
 
 
+def test_no_config_crowds_out_the_secrets_of_the_start():
+    redaction = Redaction(["the-admin-key"])
+    redaction.learn(f"secret-{number}-" for number in range(3000))
+    assert redaction("the-admin-key secret-2999- secret-0-") == "*** *** secret-0-"
+
+
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_secrets_of_a_config_that_comes_later_stay_out_of_log_and_answers(stderr, form):
     start_logging("scheduler rank 0", LogConfig(format=form))
