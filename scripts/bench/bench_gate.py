@@ -23,6 +23,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,8 @@ from sglang_hicache.storage.registry import ALLOW_FAULTY_ENV
 from sglang_hicache.storage.settings import Fault
 
 MOST_LOSS = 0.05
+#: What a server does once it has answered, copies to the host above all, must not be paid by whoever is asked next.
+PAUSE_S = 0.1
 
 
 class Sizes(NamedTuple):
@@ -108,7 +111,10 @@ def measure(folder: Path, common: list[str], row: Sick, sizes: Sizes, gate: bool
         def pair(number: int, tokens: list[int]) -> float:
             """With storage against without; who goes first alternates, so that drift and warmth favour nobody."""
             order = servers if number % 2 else servers[::-1]
-            first_token_s = {server: server.ask(tokens, 1).first_token_s for server in order}
+            first_token_s = {}
+            for server in order:
+                first_token_s[server] = server.ask(tokens, 1).first_token_s
+                time.sleep(PAUSE_S)
             return first_token_s[servers[1]] / first_token_s[servers[0]]
 
         for number, tokens in enumerate(warm + finds_out + counted if row.stored else warm):
@@ -151,7 +157,7 @@ def main() -> None:
     sizes = QUICK if arguments.quick else FULL
     sizes = sizes._replace(pairs=arguments.pairs or sizes.pairs)
     common = [
-        "--log-level", "error", "--enable-hierarchical-cache", "--page-size", str(PAGE),
+        "--log-level", "warning", "--enable-hierarchical-cache", "--page-size", str(PAGE),
         "--max-total-tokens", str((sizes.warm + sizes.finds_out + sizes.pairs + 8) * (sizes.prompt_tokens + PAGE)),
         *(["--model-path", arguments.model_path] if arguments.model_path else []),
     ]  # fmt: skip
