@@ -59,8 +59,8 @@ def _stuck(tiers: Tiers, now_us: int) -> Iterator[str]:
     if oldest is not None and now_us - oldest.started_us >= STUCK_US:
         kind, lasted = oldest.kind.name.lower(), _seconds(now_us - oldest.started_us)
         yield (
-            f"{len(ops)} operations with the store are under way, the oldest, a {kind}, for {lasted}; a store that ends "
-            "none within --hicache-storage-op-timeout is hung"
+            f"{len(ops)} operations with the store are under way, the oldest, a {kind}, for {lasted}; a store that "
+            "ends none within --hicache-storage-op-timeout is hung"
         )
 
 
@@ -133,10 +133,12 @@ def _not_fetched(tiers: Tiers) -> Iterator[str]:
         )
     if spared := prefetcher.counters["not_worth"]:
         gate = prefetcher.waits.gate
+        # The rates alone would not explain it: after a read that was late nobody waits, however quick they are.
+        broken = "" if gate.keeps_its_word else "; the latest read took longer than it should, and nobody waits for one"
         yield (
-            f"{spared} tokens were computed so far because fetching them should have taken longer (cost_gate): "
+            f"{spared} tokens were computed so far because fetching them should have taken longer (cost_gate); now: "
             f"computing {gate.prefill_rate() or 0:.0f} tokens/s, look-ups {1e3 * (gate.lookup_s() or 0):.1f} ms, reads "
-            f"{gate.storage_rate() or 0:.0f} tokens/s"
+            f"{gate.storage_rate() or 0:.0f} tokens/s{broken}"
         )
     if host is not None and prefetcher.occupied_pages >= host.total * CAPACITY_SHARE:
         yield f"prefetches hold {prefetcher.occupied_pages} of {host.total} host pages, and may hold no more"

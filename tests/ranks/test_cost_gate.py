@@ -299,4 +299,7 @@ def test_the_status_says_why_nobody_fetches() -> None:
     world.takes = looks_up(30_000)
     ask(world, 10, PAGES)
     (sentence,) = [line for line in world.ranks[0].core.status.answer("q").why if "cost_gate" in line]
-    assert "computing 5000 tokens/s, look-ups " in sentence
+    assert "now: computing 5000 tokens/s, look-ups " in sentence and "nobody waits" not in sentence
+    world.ranks[0].core.tiers.gate.keeps_its_word = False
+    (sentence,) = [line for line in world.ranks[0].core.status.answer("q").why if "cost_gate" in line]
+    assert sentence.endswith("; the latest read took longer than it should, and nobody waits for one")
