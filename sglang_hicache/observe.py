@@ -111,10 +111,15 @@ class Redaction:
         self._own: dict[str, None] = {}
         self._secrets: dict[str, None] = {}
         self._known: re.Pattern[str] | None = None
-        self.learn(secrets, for_ever=True)
+        self._lock = threading.Lock()
+        self.learn(secrets)
 
     def learn(self, secrets: Iterable[str], *, for_ever: bool = False) -> None:
         """From now on these are taken out as well.  Any thread; the oldest of very many are forgotten."""
+        with self._lock:
+            self._learn(secrets, for_ever)
+
+    def _learn(self, secrets: Iterable[str], for_ever: bool) -> None:
         known = self._own if for_ever else self._own | self._secrets
         fresh = [text for text in secrets if len(text) >= _SHORTEST_SECRET and text not in known]
         if not fresh:
