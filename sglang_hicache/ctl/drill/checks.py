@@ -73,7 +73,8 @@ def of_status(expect: ExpectTable, watch: Watch, site: Site) -> Iterator[Asserti
         status = site.status()
         attached = status["hicache_storage_backend"]
         fits = site.stores[expect.store].is_attached(status) if expect.store else attached is None
-        yield _judged("store at the end", fits, f"backend {attached or 'none'}; expected {expect.store or 'none'}")
+        wanted, found = expect.store or "none", f"backend {attached or 'none'}"
+        yield _judged("store at the end", fits, f"{wanted}; {found}" if fits else f"{found}; expected {wanted}")
 
 
 def of_pools(status: Mapping[str, Any], *, is_empty: bool) -> Iterator[str]:

@@ -110,6 +110,12 @@ def test_expectations_that_are_not_met(drill: Drill, expect: str, name: str, wor
     assert red(ran) == [name] and words in ran.details[name]
 
 
+def test_a_store_that_is_the_one_that_was_expected_does_not_read_like_another(drill: Drill) -> None:
+    """"passed ... backend faulty; expected main" was read as a mistake of the verdict."""
+    ran = drill(SCENARIO + '[expect]\nstore = "main"\n')
+    assert ran.code == Exit.OK and ran.details["store at the end"] == "main; backend faulty"
+
+
 def test_what_comes_from_storage_is_not_computed_again(drill: Drill, server: FakeServer) -> None:
     server.storage_tokens = 1000
     assert drill(SCENARIO + "[expect]\nreprefilled_tokens = 0\nstorage_tokens = 4000\n").code == Exit.OK
