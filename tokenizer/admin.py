@@ -7,6 +7,7 @@ clients look for.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 
@@ -66,7 +67,9 @@ class AdminRoutes:
         try:
             body = decode_body(await request.body(), AttachBody)
             self._check_enabled()
-            order = attach_order(body, self._services.config.storage)
+            # It reads the file that the config names, which may lie on a disk that does not answer.
+            order = await asyncio.to_thread(attach_order, body, self._services.config.storage)
+            self._services.lifecycle.check()
         except (UserError, Unavailable, ClientDisconnect, BodyRefused) as error:
             return self._refused(request, "attach", error, ATTACH_FAILED)
         if body.is_async:

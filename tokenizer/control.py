@@ -13,7 +13,7 @@ import logging
 
 from sglang_hicache.errors import UserError
 from sglang_hicache.tokenizer.operations import SERVER, Caller, Operation, Operations, State
-from sglang_hicache.tokenizer.ranks_desk import Order, Outcome, RanksDesk, new_id
+from sglang_hicache.tokenizer.ranks_desk import Order, Outcome, RanksDesk, Result, new_id
 from sglang_hicache.tokenizer.state_file import StateFile
 from sglang_hicache.tokenizer.trail import Trail
 from sglang_hicache.wire import AttachStorage, CancelCommand, DetachStorage, DryRunStorage, StorageNews
@@ -25,6 +25,9 @@ CANCEL_DEADLINE_S = 10.0
 
 #: Longest that the answer to a cancel waits for the end of what it has cancelled.
 GIVEN_UP_S = 1.0
+
+#: Of an operation that nobody follows any more.
+NOT_FOLLOWED = "outcome unknown: the server has stopped, or met a defect, before every rank had answered"
 
 #: How news say that a command has caused them.
 _BY_COMMAND = "command "
@@ -88,12 +91,17 @@ class Control:
         """Another storage is attached than before, or none.  What a command has done, its operation tells."""
         is_by_command = news.cause.startswith(_BY_COMMAND)
         self.trail.news(news, is_by_command=is_by_command)
-        if self.state_file is not None:
-            operation = self.operations.get(news.cause.removeprefix(_BY_COMMAND)) if is_by_command else None
-            self.state_file.news(news, is_wanted=operation is not None and operation.caller is not SERVER)
+        operation = self.operations.get(news.cause.removeprefix(_BY_COMMAND)) if is_by_command else None
+        if operation is not None:
+            operation.made_news = True
+            if self.state_file is not None and operation.caller is not SERVER:
+                self.state_file.news(news)
 
     async def close(self) -> None:
-        """The server ends: what it has done is on the disk."""
+        """The server ends: what it has done is on the disk, and of what still runs that nobody knows how it ended."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self.state_file is not None:
             await self.state_file.close()
         await self.trail.close()
@@ -106,9 +114,11 @@ class Control:
                 # Whether it failed or was cancelled is what the other one knows, and its answers are on the way.
                 await operation.cancel.ended.wait()
             self._ended(operation, outcome)
-            if self.state_file is not None:
+            if self.state_file is not None and _is_wish(operation):
                 await self.state_file.settled()
         finally:
+            if operation.state is State.RUNNING:  # the server ends, or has a defect: nobody must wait for it any more
+                self._ended(operation, Outcome(operation.id, Result.UNKNOWN, NOT_FOLLOWED))
             operation.ended.set()
 
     def _ended_late(self, operation: Operation, outcome: Outcome) -> None:
@@ -118,6 +128,11 @@ class Control:
     def _ended(self, operation: Operation, outcome: Outcome) -> None:
         operation.end(outcome)
         self.trail.ended(operation)
-        is_wanted = operation.state is State.SUCCEEDED and operation.caller is not SERVER
-        if self.state_file is not None and is_wanted and isinstance(operation.order, AttachStorage | DetachStorage):
-            self.state_file.succeeded(operation.order)
+        if self.state_file is not None and _is_wish(operation):
+            self.state_file.succeeded(operation.order, made_news=operation.made_news)
+
+
+def _is_wish(operation: Operation) -> bool:
+    """Has somebody other than the server changed what is attached, or how it is used?"""
+    is_change = isinstance(operation.order, AttachStorage | DetachStorage)
+    return is_change and operation.state is State.SUCCEEDED and operation.caller is not SERVER

@@ -82,6 +82,8 @@ class Operation:
     took_s: float | None = None
     #: The one that tries to give this one up.
     cancel: Operation | None = None
+    #: Another storage is attached by it, or none; an attach that only changes policies makes no news.
+    made_news: bool = False
     #: Its caller can be told: it no longer runs, and what is kept of it is kept.
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     _began_clock_s: float = field(default_factory=time.monotonic)

@@ -146,14 +146,14 @@ async def _run(child: Child) -> int:
 
 def open_control(config: ServerConfig, desk: RanksDesk) -> tuple[Control, Startup]:
     """What is kept on disk of changes: opened before the first of them."""
-    startup, kept = startup_blocking(config)
+    startup = startup_blocking(config)
     audit = AuditLog(config.http.audit_log) if config.http.audit_log else None
     trail = Trail(audit, config)
     if audit is not None:
         log.info("audit log %s, head %s", config.http.audit_log, audit.head)
         wanted = startup.told
         trail.started(**{name: wanted[name] for name in ("source", "backend", "extra_config", "warning")})
-    state_file = StateFile(config.storage.state_file, kept) if config.storage.state_file else None
+    state_file = StateFile(config.storage.state_file, startup.wanted) if config.storage.state_file else None
     return Control(desk, trail, state_file), startup
 
 

@@ -64,13 +64,13 @@ class Startup:
         }
 
 
-def startup_blocking(config: ServerConfig) -> tuple[Startup, Kept | None]:
-    """What to attach, and what the state file keeps."""
+def startup_blocking(config: ServerConfig) -> Startup:
+    """What to attach."""
     storage = config.storage
     ours = Kept(backend=storage.backend, extra_config_json=storage.extra_config_json)
     kept, warning = _kept_blocking(storage)
     if kept is None:
-        return Startup("command line", ours, config, warning), None
+        return Startup("command line", ours, config, warning)
     learn_secrets(kept.extra_config_json)
     log.info(
         "the state file %s of %s restores: %s", storage.state_file, kept.saved,
@@ -81,7 +81,7 @@ def startup_blocking(config: ServerConfig) -> tuple[Startup, Kept | None]:
             "this is not what the command line says (%s); delete the state file to go by the command line",
             ours.backend or "no storage",
         )
-    return Startup("state file", kept, config), kept
+    return Startup("state file", kept, config)
 
 
 def _kept_blocking(storage: StorageConfig) -> tuple[Kept | None, str]:

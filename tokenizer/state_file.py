@@ -76,11 +76,10 @@ def set_aside_blocking(path: str) -> str:
 class StateFile:
     """Writes the file, the newest state only, whenever it changes."""
 
-    def __init__(self, path: str, kept: Kept | None) -> None:
+    def __init__(self, path: str, wanted: Kept) -> None:
         self._path = Path(path)
-        self._kept = kept
-        #: What is attached, whoever wanted it.
-        self._attached: StorageNews | None = None
+        #: What an operator wants: that of the start, until he says something else.
+        self._kept = wanted
         self._writing: asyncio.Task[None] | None = None
         #: There is something newer than what is being written.
         self._is_stale = asyncio.Event()
@@ -88,21 +87,22 @@ class StateFile:
         self.error = ""
 
     def __repr__(self) -> str:
-        return f"<StateFile {self._path} {self._kept.backend if self._kept else 'empty'!r} {self.error}>"
+        return f"<StateFile {self._path} {self._kept.backend!r} {self.error}>"
 
-    def news(self, news: StorageNews, *, is_wanted: bool) -> None:
-        """Something else is attached than before; is it by a command over HTTP?"""
-        self._attached = news if news.after else None
-        if is_wanted:
-            self._keep()
+    def news(self, news: StorageNews) -> None:
+        """A command over HTTP has attached something else than before, or detached it."""
+        self._keep(backend=news.after, extra_config_json=news.extra_config_json or "{}")
 
-    def succeeded(self, order: AttachStorage | DetachStorage) -> None:
-        """A command over HTTP has succeeded: it may have changed policies only, or have ended what was off already."""
-        if isinstance(order, DetachStorage):
-            self._attached = None
-            self._keep()
-        else:
-            self._keep(order.prefetch_policy, order.write_policy)
+    def succeeded(self, order: AttachStorage | DetachStorage, *, made_news: bool) -> None:
+        """A command over HTTP has succeeded: it may have changed policies only, or have ended what was off already.
+
+        What is attached may be another store meanwhile: a standby, or that of a later command whose news came first.
+        """
+        if isinstance(order, AttachStorage):
+            given = {"prefetch_policy": order.prefetch_policy, "write_policy": order.write_policy}
+            self._keep(**{name: policy for name, policy in given.items() if policy is not None})
+        elif not made_news:
+            self._keep(backend="", extra_config_json="{}")
 
     async def settled(self) -> None:
         """The file says what was kept, or does not take it."""
@@ -116,16 +116,8 @@ class StateFile:
         if self._writing is not None:
             self._writing.cancel()
 
-    def _keep(self, prefetch_policy: str | None = None, write_policy: str | None = None) -> None:
-        """What is attached now; a policy that was not given stays."""
-        news, before = self._attached, self._kept or Kept(backend="")
-        self._kept = Kept(
-            backend=news.after if news else "",
-            extra_config_json=news.extra_config_json or "{}" if news else "{}",
-            prefetch_policy=prefetch_policy or before.prefetch_policy,
-            write_policy=write_policy or before.write_policy,
-            saved=utc(time.time()),
-        )
+    def _keep(self, **changes: str) -> None:
+        self._kept = msgspec.structs.replace(self._kept, **changes, saved=utc(time.time()))
         self._is_stale.set()
         if self._writing is None or self._writing.done():
             self._writing = asyncio.get_running_loop().create_task(self._write())

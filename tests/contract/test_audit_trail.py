@@ -206,6 +206,16 @@ def test_a_late_answer_is_a_second_end(audited: Callable[..., FakeServer], path:
     assert [short(each)[2] for each in found] == [None, "unknown", "succeeded"]
 
 
+def test_what_the_end_of_the_server_cuts_off_has_an_end(audited: Callable[..., FakeServer], path: Path) -> None:
+    server = audited()
+    server.answer_command = lambda rank, command: None
+    accepted = server.call("PUT", PATH, json=FILE | {"async": True}, headers=ADMIN).json()
+    found = entries(server, path)[1:-1]
+    assert [short(each) for each in found] == [("begin", "attach", None), ("end", "attach", "unknown")]
+    assert "the server has stopped" in found[1]["message"]
+    assert {each["operation"] for each in found} == {accepted["operation_id"]}
+
+
 def test_a_cancel_names_its_target(audited: Callable[..., FakeServer], path: Path) -> None:
     async def scenario() -> str:
         held: list[Any] = []

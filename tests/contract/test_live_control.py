@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from msgspec import structs
 
-from sglang_hicache import wire
+from sglang_hicache import extra_config, wire
 from sglang_hicache.tokenizer.operations import MOST_REMEMBERED
 from sglang_hicache.tokenizer.services import Phase
 from tests.contract.fake_server import ADMIN, API_KEY, FakeServer, make_config
@@ -470,3 +471,44 @@ def test_no_cancel_while_shutting_down(server: FakeServer) -> None:
     operation_id = put(server).headers["X-HiCache-Operation"]
     server.lifecycle.phase = Phase.DRAINING
     assert server.call("DELETE", f"{OPERATIONS}/{operation_id}", headers=ADMIN).status_code == 503
+
+
+def test_a_defect_leaves_no_operation_running(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(message: Any) -> bool:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(server.ports[0], "send", broken)
+    reply = put(server)
+    assert reply.status_code == 504 and "met a defect" in reply.text
+    monkeypatch.undo()
+    assert operation(server, reply.headers["X-HiCache-Operation"]).json()["state"] == "unknown"
+
+
+def test_a_config_file_on_a_disk_that_hangs_holds_nobody_up(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attach waits for its file; others are answered meanwhile."""
+    (tmp_path / "config.json").write_text("{}")
+    config = make_config(model)
+    folder = structs.replace(config.storage, config_dir=str(tmp_path), attach_timeout_s=60.0)
+    server = FakeServer(structs.replace(config, storage=folder))
+    answered = threading.Event()
+    read = extra_config.os.read
+    waited: list[bool] = []
+
+    def hang(descriptor: int, size: int) -> bytes:
+        waited.append(answered.wait(30))
+        return read(descriptor, size)
+
+    async def scenario() -> Any:
+        body = FILE | {"hicache_storage_backend_extra_config_json": "@config.json"}
+        attach = asyncio.ensure_future(server.request("PUT", PATH, json=body, headers=ADMIN))
+        assert (await server.request("GET", PATH, headers=ADMIN)).status_code == 200
+        answered.set()
+        return await attach
+
+    with monkeypatch.context() as patched:
+        patched.setattr(extra_config.os, "read", hang)
+        assert server.run(scenario()).status_code == 200
+    assert waited == [True], "the file was read beside the loop"
+    server.close()

@@ -139,6 +139,52 @@ def test_new_policies_alone_are_kept(start: Callable[..., FakeServer]) -> None:
     assert json.loads(restored.extra_config_json) == json.loads(CONFIG)
 
 
+@pytest.mark.parametrize("by_flag", [False, True], ids=["put", "command line"])
+def test_policies_that_are_changed_while_a_standby_serves_do_not_make_it_the_primary(
+    start: Callable[..., FakeServer], path: Path, by_flag: bool
+) -> None:
+    server = start(backend="file", extra_config_json=CONFIG) if by_flag else start()
+    ranks = Ranks(server)
+    if by_flag:
+        attach(server)
+    else:
+        put(server, hicache_storage_backend_extra_config_json=CONFIG)
+    ranks.news("failover", "memory", "{}")
+    put(server, hicache_storage_backend="memory", hicache_write_policy="write_back")
+    kept = json.loads(path.read_text())
+    assert (kept["backend"], kept["write_policy"]) == ("file", "write_back")
+    assert json.loads(kept["extra_config_json"]) == json.loads(CONFIG)
+
+
+@pytest.mark.parametrize("later", ["breaker", "command"])
+def test_answers_that_come_after_later_news_do_not_undo_them(
+    start: Callable[..., FakeServer], path: Path, later: str
+) -> None:
+    """1. A change is committed, and one rank answers late.  2. Meanwhile something else is attached, or nothing."""
+    server = start(attach_timeout_s=0.01, drain_timeout_s=0.01)
+    ranks = Ranks(server)
+    answer = ranks.answer
+    change = ("PUT", {"json": FILE}) if later == "breaker" else ("DELETE", {})
+    if later == "command":
+        put(server, hicache_storage_backend="memory")
+    server.answer_command = lambda rank, command: None if rank else answer(rank, command)
+    late = server.call(change[0], PATH, headers=ADMIN, **change[1])
+    assert late.status_code == 504
+    server.answer_command = answer
+    if later == "breaker":
+        ranks.news("breaker", "")
+    else:
+        put(server)
+    said = wire.CommandAnswer(id=late.headers["X-HiCache-Operation"], rank=1, success=True, message="done")
+
+    async def come() -> None:
+        server.desk.deliver(said)
+        await server.control.state_file.settled()
+
+    server.run(come())
+    assert json.loads(path.read_text())["backend"] == "file"
+
+
 def test_what_nobody_asked_for_is_not_kept(start: Callable[..., FakeServer], path: Path) -> None:
     """The attach of a start, what fault tolerance does, a dry run, a failure, and the detach of a shutdown."""
     server = start(backend="file")
