@@ -74,9 +74,9 @@ class Prefetcher:
         if not wanted:
             return
         self.waits.gate.attached(tag[0])
+        ahead = self._reading_pages * self._page_size
         decision = self.waits.decide(
-            wanted * self._page_size, self._reading_pages * self._page_size, now_us, self._probe is None,
-            self.policy, self.settings,
+            wanted * self._page_size, ahead, now_us, self._probe is None, self.policy, self.settings
         )
         self.counters[f"gate_{decision.verdict}"] += decision.tokens
         if decision.verdict == "recompute":
@@ -93,7 +93,8 @@ class Prefetcher:
         end = start + wanted
         keys = page_keys(tokens[start * self._page_size : end * self._page_size], self._page_size, previous)
         self.occupied_pages += wanted
-        prefetch = Prefetch(rid, seed, key[: 4 * end * self._page_size], start, keys, op, is_probe=is_probe)
+        wanted_key = key[: 4 * end * self._page_size]
+        prefetch = Prefetch(rid, seed, wanted_key, start, keys, op, ahead=ahead, is_probe=is_probe)
         if is_probe:
             prefetch.blocked_since_us, self._probe = now_us, prefetch
         else:
@@ -282,7 +283,7 @@ class Prefetcher:
             self._controller.host.free(op.host_pages)
             op.host_pages = []
         self._storage.close(op)
-        self.waits.ended(op)
+        self.waits.ended(op, self.threshold_pages)
         self._end_probe(op)
 
     def _end_probe(self, op: Op) -> None:

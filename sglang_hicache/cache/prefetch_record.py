@@ -34,9 +34,9 @@ class Prefetch:
     phase: PrefetchPhase = PrefetchPhase.LOOKUP
     #: Leader's clock when the request was first held back by this prefetch.
     blocked_since_us: int | None = None
-    #: Tokens that were being read for others when the read began, and leader's clock when it should have ended long
-    #: since; None: nobody knows how long it takes.
+    #: Tokens that were being read for others when the look-up, then when the read began.
     ahead: int = 0
+    #: Leader's clock when the read should have ended long since; None: nobody knows how long it takes.
     read_by_us: int | None = None
     #: Nobody waits for it.
     is_probe: bool = False

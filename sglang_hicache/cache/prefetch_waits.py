@@ -37,14 +37,17 @@ class Waits:
         self._now_us, self._seen_us = now_us, now_us - forward_us
         self.gate.forward_took(forward_us)
 
-    def ended(self, op: Op) -> None:
-        """Every rank has ended a look-up or a read, in time or not."""
+    def ended(self, op: Op, threshold_pages: int) -> None:
+        """Every rank has ended a look-up or a read, in time or not.  Fewer hits than the threshold are not read."""
         if op.reason in UNASKED:
             return
         if op.kind is OpKind.LOOKUP:
             # Without a forward on the way the plans say it better: messages take their time, too.
             us = self._now_us - op.started_us if self._seen_us == self._now_us else op.took_us
-            self.gate.looked_up(op.epoch, us, failed=op.reason not in HARMLESS)
+            if op.reason in HARMLESS:
+                self.gate.looked_up(op.epoch, us, op.done if op.done >= threshold_pages else 0, op.pages)
+            else:
+                self.gate.lookup_failed(op.epoch, us)
         else:
             self.gate.read(op.epoch, op.took_us, op.pages * self._page_size, op.done * self._page_size)
 
@@ -125,9 +128,11 @@ class Waits:
         budget_us = since_us + int(budget_s * 1e6)
         if prefetch.is_probe:
             return budget_us
-        loss_us = self.gate.budget_us(tokens) if _is_gated(policy, settings) else None
+        is_gated = _is_gated(policy, settings)
         if is_lookup:
-            return lookup_us if loss_us is None else min(lookup_us, since_us + loss_us)
+            wait_us = self.gate.lookup_wait_us(tokens, prefetch.ahead) if is_gated else None
+            return lookup_us if wait_us is None else min(lookup_us, since_us + wait_us)
+        loss_us = self.gate.budget_us(tokens) if is_gated else None
         if loss_us is None or prefetch.read_by_us is None:
             return budget_us
         patient_us = prefetch.read_by_us if self.gate.keeps_its_word else 0

@@ -138,7 +138,8 @@ def _not_fetched(tiers: Tiers) -> Iterator[str]:
         yield (
             f"{spared} tokens were computed so far because fetching them should have taken longer (cost_gate); now: "
             f"computing {gate.prefill_rate() or 0:.0f} tokens/s, look-ups {1e3 * (gate.lookup_s() or 0):.1f} ms, reads "
-            f"{gate.storage_rate() or 0:.0f} tokens/s{broken}"
+            f"{gate.storage_rate() or 0:.0f} tokens/s, {100 * (gate.hit_share() or 0):.0f} % of what was asked for "
+            f"lately was there{broken}"
         )
     if host is not None and prefetcher.occupied_pages >= host.total * CAPACITY_SHARE:
         yield f"prefetches hold {prefetcher.occupied_pages} of {host.total} host pages, and may hold no more"
