@@ -492,17 +492,20 @@ def test_a_config_file_on_a_disk_that_hangs_holds_nobody_up(
     config = make_config(model)
     folder = structs.replace(config.storage, config_dir=str(tmp_path), attach_timeout_s=60.0)
     server = FakeServer(structs.replace(config, storage=folder))
-    answered = threading.Event()
+    begun, answered = threading.Event(), threading.Event()
     read = extra_config.os.read
     waited: list[bool] = []
 
     def hang(descriptor: int, size: int) -> bytes:
-        waited.append(answered.wait(30))
+        begun.set()
+        waited.append(answered.wait(20))
         return read(descriptor, size)
 
     async def scenario() -> Any:
         body = FILE | {"hicache_storage_backend_extra_config_json": "@config.json"}
         attach = asyncio.ensure_future(server.request("PUT", PATH, json=body, headers=ADMIN))
+        while not begun.is_set():
+            await asyncio.sleep(0)
         assert (await server.request("GET", PATH, headers=ADMIN)).status_code == 200
         answered.set()
         return await attach
