@@ -105,9 +105,14 @@ class UploadPace:
 
 def has_room(tree: PrefixTree, node: Node, most_pages: int) -> bool:
     """May a write of this node lock what it must, with no more than `most_pages` of the host locked then?"""
+    return locked_with(tree, node) <= most_pages
+
+
+def locked_with(tree: PrefixTree, node: Node) -> int:
+    """Host pages that are locked once a write of this node has begun."""
     locked = (tree.host_tokens - tree.host_tokens_evictable) // tree.page_size
     above: Node | None = node
     while above is not None and not above.host_locks:
         locked += above.page_count if above.host_pages is not None else 0
         above = above.parent
-    return locked <= most_pages
+    return locked

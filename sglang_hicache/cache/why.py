@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sglang_hicache import wire
-from sglang_hicache.cache.backup_pace import MAX_WRITES, has_room
+from sglang_hicache.cache.backup_pace import MAX_WRITES, locked_with
 from sglang_hicache.cache.controller import WRITE_THRESHOLD
 from sglang_hicache.cache.op import COPIES, WRITES, OpKind
 from sglang_hicache.cache.prefetch import CAPACITY_SHARE
@@ -98,11 +98,10 @@ def _not_written(tiers: Tiers, now_us: int) -> Iterator[str]:
         yield f"the store failed (last_error says how): {nodes}"
     if line.fresh.line and tiers.storage.count(OpKind.WRITE) >= MAX_WRITES:
         yield f"{len(line.fresh.line)} backups wait: {MAX_WRITES} writes are under way, the most that may be"
-    elif _is_held_by_locks(tiers) and full.since_us is None and not queue.is_held:
-        locked = (tiers.controller.tree.host_tokens - tiers.controller.tree.host_tokens_evictable) // tiers.page_size
+    elif (pages := _held_by_locks(tiers)) and full.since_us is None and not queue.is_held:
         yield (
-            f"{len(line.fresh.line)} backups wait: {locked} host pages are in use, and a write may only start below "
-            f"{writer.limits.locked_pages}"
+            f"{len(line.fresh.line)} backups wait: with the next one {pages} host pages are in use, and at most "
+            f"{writer.limits.locked_pages} may be"
         )
     left = queue.uploads_left()
     if left:
@@ -112,11 +111,13 @@ def _not_written(tiers: Tiers, now_us: int) -> Iterator[str]:
         )
 
 
-def _is_held_by_locks(tiers: Tiers) -> bool:
-    """Does the next write wait until host pages are free?  One that nothing holds up starts in a moment."""
+def _held_by_locks(tiers: Tiers) -> int:
+    """Host pages that the next write would lock, too many; 0: it does not wait for them.  One that nothing holds up
+    starts in a moment."""
     entry = tiers.backup.line.next(is_upload=False)
     writes = sum(tiers.storage.count(kind) for kind in WRITES)
-    return bool(entry and writes and not has_room(tiers.controller.tree, entry.node, tiers.writer.limits.locked_pages))
+    pages = locked_with(tiers.controller.tree, entry.node) if entry and writes else 0
+    return pages if pages > tiers.writer.limits.locked_pages else 0
 
 
 def _not_fetched(tiers: Tiers) -> Iterator[str]:
