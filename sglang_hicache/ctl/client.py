@@ -160,7 +160,10 @@ class Client:
 def refusal(reply: Reply) -> Refused:
     """An answer that says no, in words for people."""
     if reply.status in (401, 403):
-        return Refused(f"{reply.message}: this takes the admin key, from --key-file or HICACHECTL_KEY")
+        return Refused(
+            f"{reply.message}: this takes the admin key, from --key-file or HICACHECTL_KEY; if one was given, it is "
+            "not this server's"
+        )
     if 300 <= reply.status < 400:
         return Refused(f"the server sends us elsewhere ({reply.status}); give the final address as --url")
     return Refused(reply.message)

@@ -16,6 +16,7 @@ from sglang_hicache.ctl.access import add_command, client_of
 from sglang_hicache.ctl.client import Client
 from sglang_hicache.ctl.console import Console
 from sglang_hicache.ctl.exits import Exit, OutcomeUnknown, Refused, Unreachable
+from sglang_hicache.ctl.runbook import runbook
 from sglang_hicache.ctl.tables import age, moment, table
 
 OPERATIONS = "/hicache/operations"
@@ -103,6 +104,8 @@ def follow(client: Client, operation_id: str, console: Console) -> Exit:
     state, message = operation["state"], operation["message"]
     code = _CODES.get(state, Exit.REFUSED)
     words = f"{operation['kind'].replace('_', ' ')} {state} after {age(operation['took_s'])}: {message or 'no message'}"
+    if code is not Exit.OK and (page := runbook(message or "")):
+        words += f"\n  what to do: {page}"
     return console.ended(code, words, operation_id=operation_id, operation=operation)
 
 

@@ -6,8 +6,9 @@ import re
 
 from sglang_hicache.storage.diagnosis import CODES
 
-#: A text about a failure begins with its code, on some ranks after the number of the rank.
-_CODE = re.compile(rf"(?:^|\| |; |rank \d+: )({'|'.join(CODES)})(?:: |$)")
+#: A text about a failure begins with its code, on some ranks after the number of the rank, in the answer of an attach
+#: after the name of the backend.
+_CODE = re.compile(rf"(?:^|\| |; |rank \d+: |storage backend '[^']*': )({'|'.join(CODES)})(?:: |$)")
 
 
 def runbook(error: str) -> str:

@@ -61,6 +61,14 @@ def test_wait_says_how_it_ended(server: FakeServer, run: Run) -> None:
     assert len(server.asked) == 2
 
 
+def test_a_change_that_failed_names_its_runbook(server: FakeServer, run: Run) -> None:
+    """The words of the server: the code stands behind the name of the backend."""
+    words = "Failed to attach storage backend 'file': not_found: rank 1: cannot use /proc/x as storage folder"
+    server.says("GET", ONE, Said(operation("failed", kind="switch", message=words)))
+    ran = run("operations", "wait", ID)
+    assert ran.code == 1 and ran.err.endswith(f"{words}\n  what to do: docs/runbooks/not_found.md\n")
+
+
 def test_cancel(server: FakeServer, run: Run) -> None:
     told = {"cancelled": True, "message": "given up", "operation_id": "c1", "target": operation("cancelled")}
     server.says("DELETE", ONE, Said(told, 200, "c1"))
