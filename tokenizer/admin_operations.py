@@ -39,11 +39,12 @@ class OperationRoutes:
         """DELETE /hicache/operations/{id}: give it up, as far as that does no harm."""
         if refusal := admin_gate(self._services, request, "cancel"):
             return refusal
-        target = self._find(request)
-        if isinstance(target, Response):
-            return target
         control = self._services.control
         caller = control.trail.caller(request.scope)
+        target = self._find(request)
+        if isinstance(target, Response):
+            control.trail.refused(caller, "cancel", f"no operation {request.path_params['id'][:40]!r} is known here")
+            return target
         try:
             self._services.lifecycle.check()
             cancel = await control.cancel(target, caller)

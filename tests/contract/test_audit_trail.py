@@ -234,13 +234,14 @@ def test_a_cancel_names_its_target(audited: Callable[..., FakeServer], path: Pat
             await asyncio.sleep(0)
         assert (await server.request("DELETE", accepted["status_url"], headers=ADMIN)).status_code == 200
         assert (await server.request("DELETE", accepted["status_url"], headers=ADMIN)).status_code == 409
+        assert (await server.request("DELETE", "/hicache/operations/nobody", headers=ADMIN)).status_code == 404
         return str(accepted["operation_id"])
 
     server = audited()
     target = server.run(scenario())
     found = entries(server, path)[1:-1]
     assert [(each["event"], each["what"]) for each in found if each["what"] == "cancel"] == [
-        ("begin", "cancel"), ("end", "cancel"), ("refused", "cancel"),
+        ("begin", "cancel"), ("end", "cancel"), ("refused", "cancel"), ("refused", "cancel"),
     ]  # fmt: skip
     [asked] = [each["asked"] for each in found if each["event"] == "begin" and each["what"] == "cancel"]
     assert asked == {"target": target}
