@@ -74,7 +74,7 @@ class Timeline:
     def _step_blocking(self, step: Step) -> bool:
         name = title(step)
         if not self._reached_blocking(step.after, _PATIENCE_S):
-            self._judge(step, f"before it: {words(step.after)}", "", f"not so after {_PATIENCE_S:g} s; {self._last()}")
+            self._judge(step, f"before it: {words(step.after)}", "", self._instead(step.after, _PATIENCE_S))
             return False
         begin_s = self._load.now_s()
         try:
@@ -120,7 +120,7 @@ class Timeline:
                 site.kill_storage_blocking(step.rank)
             case WaitStep():
                 if not self._reached_blocking(step.until, step.within_s):
-                    return "", f"not so after {step.within_s:g} s; {self._last()}"
+                    return "", self._instead(step.until, step.within_s)
             case _:
                 return self._do_to_own_blocking(step)
         return "", ""
@@ -177,8 +177,21 @@ class Timeline:
         """Does the status lack anything of what is wanted?"""
         return any(True for _ in _differences(wanted, status, self._site))
 
+    def _instead(self, condition: Condition, limit_s: float) -> str:
+        """What there was in the place of what was waited for."""
+        _, answers, storage_tokens = self._since
+        answers, storage_tokens = len(self._load.records) - answers, self._load.storage_tokens - storage_tokens
+        hint = ""
+        if condition.storage_tokens and not storage_tokens:
+            hint = (
+                " (it is asked for what neither device nor host holds, and only if that is prefetch_threshold tokens "
+                "or more: smaller pools, a smaller threshold or more load make it needed)"
+            )
+        counted = f"{answers} answers, {storage_tokens} tokens from storage{hint}"
+        return f"not so after {limit_s:g} s: {counted}; {self._last()}"
+
     def _last(self) -> str:
-        """What there was instead."""
+        """What the ranks said."""
         sample = self._watch.newer_than(-1.0, 0.0)
         if sample is None:
             return "the server does not say anything"
