@@ -23,7 +23,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,7 +113,7 @@ def measure(folder: Path, common: list[str], row: Sick, sizes: Sizes, gate: bool
             first_token_s = {}
             for server in order:
                 first_token_s[server] = server.ask(tokens, 1).first_token_s
-                time.sleep(PAUSE_S)
+                server.rest(PAUSE_S)
             return first_token_s[servers[1]] / first_token_s[servers[0]]
 
         for number, tokens in enumerate(warm + finds_out + counted if row.stored else warm):

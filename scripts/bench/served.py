@@ -83,11 +83,11 @@ class Server:
         except httpx.TransportError:
             return False
 
-    def _pause(self) -> bool:
+    def _pause(self, seconds: float = POLL_S) -> bool:
         """Waits a moment; True if the server ended meanwhile."""
         assert self._process is not None
         try:
-            self._process.wait(POLL_S)
+            self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             return False
         return True
@@ -128,6 +128,11 @@ class Server:
         if response.status_code != 200:
             raise SystemExit(f"{method} {path} answered {response.status_code}: {response.text}")
         return response.json() if "json" in response.headers["content-type"] else response.text
+
+    def rest(self, seconds: float) -> None:
+        """Leaves the server alone for so long: what it does after an answer is not for the next one to pay."""
+        if self._pause(seconds):
+            raise SystemExit(f"the server ended; the end of {self._log_path}:\n{self._log_tail()}")
 
     def flush(self) -> None:
         """Empties device and host; storage keeps what it has."""
