@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -57,8 +58,9 @@ def _text_equal(result: Result, answers: Answers | None) -> Assertion:
 def of_status(expect: ExpectTable, watch: Watch, site: Site) -> Iterator[Assertion]:
     """What the ranks said of themselves."""
     if expect.ranks_agree:
-        looked = f"looked at {len(watch.samples)} times"
-        yield _judged("ranks agree", not watch.disagreement, watch.disagreement or looked)
+        looked = f"looked at {len(watch.samples)} times{'' if watch.is_whole else ', and not to the end'}"
+        did_look = watch.is_whole and bool(watch.samples)
+        yield _judged("ranks agree", did_look and not watch.disagreement, watch.disagreement or looked)
     if expect.breaker:
         seen = [sample.breaker for sample in watch.samples if sample.breaker]
         path = [state for at, state in enumerate(seen) if at == 0 or seen[at - 1] != state]
@@ -67,8 +69,10 @@ def of_status(expect: ExpectTable, watch: Watch, site: Site) -> Iterator[Asserti
         yield _judged("breaker", was, f"{' -> '.join(path) or 'never seen'}; expected {' -> '.join(expect.breaker)}")
     if expect.trips is not None:
         counts = [sample.trips for sample in watch.samples if sample.trips is not None]
-        trips = counts[-1] - counts[0] if counts else 0
-        yield _judged("times that the breaker opened", trips <= expect.trips, f"{trips}; at most {expect.trips}")
+        # A server that is started again counts anew.
+        trips = sum(now - before if now >= before else now for before, now in itertools.pairwise(counts))
+        detail = f"{trips if counts else 'never seen'}; at most {expect.trips}"
+        yield _judged("times that the breaker opened", bool(counts) and trips <= expect.trips, detail)
     if expect.store is not None:
         status = site.status()
         attached = status["hicache_storage_backend"]

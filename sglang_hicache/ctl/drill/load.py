@@ -186,17 +186,22 @@ class Load:
             self._busy += 1
             prompt = self._prompts.prompt(question, self._answers)
             known = self._known.tokens(prompt)
-        record = ask_blocking(
-            self._client(), question, prompt, self._table.output_tokens,
-            start_s=self.now_s(), known=known, key=self._key,
-        )  # fmt: skip
-        with self._gate:
-            self._busy -= 1
-            self.records.append(record)
-            self.storage_tokens += record.cached.get("storage", 0)
-            if not record.error:
-                self._known.learn([*prompt, *record.answer[:-1]])
-            self._gate.notify_all()
+        start_s = self.now_s()
+        #: Unless it is known what came of it.
+        record = Record(question=question, start_s=start_s, error="a defect of the drill ended the stream that asked")
+        try:
+            record = ask_blocking(
+                self._client(), question, prompt, self._table.output_tokens,
+                start_s=start_s, known=known, key=self._key,
+            )  # fmt: skip
+        finally:
+            with self._gate:
+                self._busy -= 1
+                self.records.append(record)
+                self.storage_tokens += record.cached.get("storage", 0)
+                if not record.error:
+                    self._known.learn([*prompt, *record.answer[:-1]])
+                self._gate.notify_all()
         self._is_stopped.wait(max(self._table.pause_s, _LEAST_PAUSE_S if record.error else 0.0))
 
 
@@ -216,16 +221,19 @@ def ask_blocking(
                 first = time.monotonic()
         if len(event.get("output_ids", ())) != output_tokens:
             raise AnswerFailed(f"the answer ended early: {event.get('meta_info', {}).get('finish_reason')}")
-    except (AnswerFailed, Unreachable, KeyError) as error:
-        return Record(question=question, start_s=start_s, total_s=time.monotonic() - begin, error=str(error) or "?")
-    end = time.monotonic()
-    meta = event["meta_info"]
-    cached = {tier: (meta.get("cached_tokens_details") or {}).get(tier, 0) for tier in ("device", "host", "storage")}
-    return Record(
-        question=question, start_s=start_s, ttft_s=(first or end) - begin, total_s=end - begin,
-        prompt_tokens=len(prompt), cached=cached, answer=tuple(event["output_ids"]),
-        reprefilled_tokens=max(0, known - sum(cached.values())),
-    )  # fmt: skip
+        end = time.monotonic()
+        details = event["meta_info"].get("cached_tokens_details") or {}
+        cached = {tier: details.get(tier, 0) for tier in ("device", "host", "storage")}
+        return Record(
+            question=question, start_s=start_s, ttft_s=(first or end) - begin, total_s=end - begin,
+            prompt_tokens=len(prompt), cached=cached, answer=tuple(event["output_ids"]),
+            reprefilled_tokens=max(0, known - sum(cached.values())),
+        )  # fmt: skip
+    except (AnswerFailed, Unreachable) as error:
+        why = str(error) or "?"
+    except (LookupError, TypeError, AttributeError) as error:
+        why = f"the answer has not the form of one ({type(error).__name__}: {error})"
+    return Record(question=question, start_s=start_s, total_s=time.monotonic() - begin, error=why)
 
 
 def reference_answers(table: LoadTable, client: StreamClient, *, key: str = "") -> Answers:
@@ -256,6 +264,6 @@ def reference_answers(table: LoadTable, client: StreamClient, *, key: str = "") 
         thread.start()
     for thread in threads:
         thread.join()
-    if failures:
-        raise Unreachable(f"the reference run failed: {failures[0]}")
+    if failures or len(answers) != table.conversations * table.turns:
+        raise Unreachable(f"the reference run failed: {failures[0] if failures else 'a question was not asked'}")
     return answers

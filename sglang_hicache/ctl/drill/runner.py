@@ -6,6 +6,7 @@ up the end; and what is left over is judged last, on a server that is at rest.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -54,14 +55,13 @@ class Drill:
         began = time.monotonic()
         try:
             before = self._prepare_blocking()
-            load.start()
-            watch.start()
-            try:
+            with contextlib.ExitStack() as ends:  # the last one first, and all of them, whatever one of them meets
+                load.start()
+                watch.start()
+                ends.callback(watch.stop_blocking)
+                ends.callback(load.stop_blocking)
+                ends.callback(site.heal)
                 self._timeline.run_blocking()
-            finally:
-                site.heal()
-                load.stop_blocking()
-                watch.stop_blocking()
             self._judge(result, before)
         except SERVER_ERRORS as error:
             result.outcome, result.message = Verdict.ERROR, str(error)

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from sglang_hicache.ctl.drill.own_server import DrillError
 from sglang_hicache.ctl.drill.scenario import (
     AttachStep,
     DryRunStep,
@@ -51,12 +52,15 @@ class Store:
         """These faults and no others, from now on."""
         if self.control is None:
             raise UserError(f"the store {self.name!r} takes no faults")
-        write_faults(self.control, faults)
+        try:
+            write_faults(self.control, faults)
+        except OSError as error:
+            raise DrillError(f"the control file of {self.name!r} cannot be written: {error}") from error
 
     def heal(self) -> None:
         """No faults any more."""
         if self.control is not None:
-            write_faults(self.control, {})
+            self.inject({})
 
     def is_attached(self, status: Mapping[str, Any]) -> bool:
         """Does the status of a server speak of this store?"""

@@ -58,13 +58,17 @@ class Watch:
         self.samples: list[Sample] = []
         #: Ranks that did not agree, for longer than they may be apart; "": there were none.
         self.disagreement = ""
+        #: It has looked until it was stopped.
+        self.is_whole = False
 
     def start(self) -> None:
         """Begin to look."""
         self._thread.start()
 
     def stop_blocking(self) -> None:
-        """No more looks."""
+        """No more looks, once it is clear whether ranks that differ now are only a tick apart."""
+        with self._news:
+            self._news.wait_for(lambda: self._differs_since_s is None or self.disagreement, 2 * _TICKS_APART_S)
         self._is_stopped.set()
         self._thread.join()
 
@@ -83,15 +87,16 @@ class Watch:
             except (Unreachable, Refused):
                 self._differs_since_s = None  # it is being started again, or it is lost: the load will say so
             self._is_stopped.wait(max(0.0, _INTERVAL_S - (time.monotonic() - begin)))
+        self.is_whole = True
 
     def _take(self, sample: Sample) -> None:
-        if not sample.differs:
-            self._differs_since_s = None
-        elif self._differs_since_s is None:
-            self._differs_since_s = sample.at_s
-        elif sample.at_s - self._differs_since_s > _TICKS_APART_S:
-            self.disagreement = f"at {sample.at_s:.1f} s: {sample.ranks}"
         with self._news:
+            if not sample.differs:
+                self._differs_since_s = None
+            elif self._differs_since_s is None:
+                self._differs_since_s = sample.at_s
+            elif sample.at_s - self._differs_since_s > _TICKS_APART_S:
+                self.disagreement = f"at {sample.at_s:.1f} s: {sample.ranks}"
             self._latest = sample
             self.samples.append(replace(sample, status={}))  # a long drill has tens of thousands of them
             self._news.notify_all()

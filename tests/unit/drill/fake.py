@@ -20,11 +20,18 @@ class FakeServer:
         self.backend: str | None = "faulty"
         self.config: dict[str, Any] = {"inner": "file", "inner_config": {}, "control": str(control)}
         self.ranks = [_rank(number, control) for number in range(2)]
-        self.breaker = {"state": "closed", "trips": 0, "serving": "primary"}
+        self.breaker: dict[str, Any] = {"state": "closed", "trips": 0, "serving": "primary"}
+        #: What the breaker counts at each look; the last one stays.
+        self.trips: list[int] = []
+        #: Looks at the status before rank 1 is in the state of rank 0.
+        self.looks_apart = 0
+        #: The one look at which the status is none.
+        self.odd_look = 0
+        self._looks = 0
         self.is_exact = True
         #: Requests after this many misbehave; the reference run of the tests has 4.
         self.good_requests = 10**9
-        #: How: "lose", "lie" or "cut".
+        #: How: "lose", "lie", "cut" or "odd".
         self.misbehaviour = "lose"
         #: Prompt tokens that come from storage.
         self.storage_tokens = 0
@@ -74,6 +81,8 @@ class FakeServer:
             return 503, json.dumps({"error": {"message": "lost"}})
         if misbehaves:
             answer = answer[:-1] if self.misbehaviour == "cut" else [*answer[:-1], 7]
+        if misbehaves and self.misbehaviour == "odd":
+            return 200, f"data: {json.dumps({'output_ids': answer, 'meta_info': None})}\n\ndata: [DONE]\n\n"
         details = {"device": 0, "host": 0, "storage": self.storage_tokens}
         events = [{"output_ids": answer[:1], "meta_info": {}}]
         events.append({"output_ids": answer, "meta_info": {"cached_tokens_details": details}})
@@ -94,10 +103,17 @@ class FakeServer:
             rank |= {"state": "attached" if backend else "detached", "epoch": rank["epoch"] + bool(backend)}
 
     def _status(self) -> dict[str, Any]:
+        with self._lock:
+            self.looks_apart -= 1
+            self._looks += 1
+            is_odd = self._looks == self.odd_look
+            ranks = [self.ranks[0], self.ranks[1] | ({"epoch": 9} if self.looks_apart >= 0 else {})]
+            if self.trips:
+                self.breaker["trips"] = self.trips.pop(0)
         return {
             "hicache_storage_backend": self.backend,
             "hicache_storage_backend_extra_config": json.dumps(self.config) if self.backend else None,
-            "ranks": self.ranks,
+            "ranks": [{"rank": 0}] if is_odd else ranks,
             "breaker": self.breaker,
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from sglang_hicache.ctl import main
-from sglang_hicache.ctl.drill import watch
+from sglang_hicache.ctl.drill import stores, watch
 from sglang_hicache.ctl.exits import Exit
 from tests.unit.drill.conftest import SCENARIO, Ran
 from tests.unit.drill.fake import STATUS, FakeServer
@@ -39,6 +40,7 @@ def test_a_good_server_passes_and_its_faults_are_taken_away(drill: Drill, server
     [
         ("lose", "failed requests", "HTTP status 503"),
         ("cut", "failed requests", "the answer ended early"),
+        ("odd", "failed requests", "has not the form of one"),
         ("lie", "text of the reference run", "answers differ; the first, at"),
     ],
 )
@@ -76,8 +78,48 @@ def test_ranks_that_do_not_agree(drill: Drill, server: FakeServer, monkeypatch: 
 
 
 def test_ranks_that_are_a_tick_apart_agree(drill: Drill, server: FakeServer) -> None:
-    server.ranks[1]["epoch"] = 2
+    server.looks_apart = 5
     assert drill().code == Exit.OK
+
+
+def test_ranks_that_still_differ_when_the_load_ends_are_looked_at_until_that_is_clear(
+    drill: Drill, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "_TICKS_APART_S", 1.0)
+    server.ranks[1]["epoch"] = 2
+    assert red(drill()) == ["ranks agree"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_who_stops_looking_has_not_seen_that_ranks_agree(drill: Drill, server: FakeServer) -> None:
+    """A defect ends the watcher."""
+    server.odd_look = 4
+    ran = drill(SCENARIO + "after = { seconds = 0.5 }\n")
+    assert red(ran) == ["ranks agree"] and "not to the end" in ran.details["ranks agree"]
+
+
+def test_a_breaker_that_a_restart_sets_back_has_opened_all_the_same(drill: Drill, server: FakeServer) -> None:
+    server.trips = [4, 4, 4, 0, 1, 1]
+    ran = drill(SCENARIO + "after = { seconds = 0.5 }\n[expect]\ntrips = 0\n")
+    assert red(ran) == ["times that the breaker opened"], ran
+
+
+def test_faults_that_cannot_be_taken_away_are_an_error_and_the_load_ends(
+    drill: Drill, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, written = stores.write_faults, []
+
+    def full(path: Path, faults: object) -> None:
+        written.append(faults)
+        if len(written) > 1:
+            raise OSError(28, "No space left on device")
+        write(path, faults)
+
+    monkeypatch.setattr(stores, "write_faults", full)
+    ran = drill()
+    assert ran.code == Exit.REFUSED and ran.drill["verdict"] == "error"
+    assert "No space left" in ran.drill["message"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("stream", "watch"))]
 
 
 @pytest.mark.parametrize(
