@@ -143,22 +143,32 @@ def test_a_port_that_somebody_else_has_is_not_announced_as_ours(tmp_path: Path) 
         serving = threading.Thread(target=other.serve_forever)
         serving.start()
         try:
-            ran = subprocess.run(
-                [ROOT / "scripts" / "serve", "--port", str(other.server_port)],
-                cwd="/",
-                env={**os.environ, "XDG_STATE_HOME": str(tmp_path), "HOME": str(tmp_path)},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=START_TIMEOUT_S,
-                check=False,
-            )
+            ran = _refused(tmp_path, str(other.server_port))
         finally:
             other.shutdown()
             serving.join()
     assert ran.returncode == 1 and "Ready" not in ran.stdout
     assert f"cannot listen on 127.0.0.1 port {other.server_port}" in ran.stdout and "--free-port" in ran.stdout
+
+
+def test_a_port_that_is_none_ends_in_the_words_of_the_server(tmp_path: Path) -> None:
+    ran = _refused(tmp_path, "abc")
+    assert ran.returncode == 2 and "'abc' is not a whole number" in ran.stdout and "Traceback" not in ran.stdout
+
+
+def _refused(state: Path, port: str) -> subprocess.CompletedProcess[str]:
+    """A start that comes to nothing."""
+    return subprocess.run(
+        [ROOT / "scripts" / "serve", "--port", port],
+        cwd="/",
+        env={**os.environ, "XDG_STATE_HOME": str(state), "HOME": str(state)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=START_TIMEOUT_S,
+        check=False,
+    )
 
 
 def _read(terminal: int) -> bytes:
