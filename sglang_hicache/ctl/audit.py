@@ -86,7 +86,7 @@ def _show(entry: dict[str, Any], screen: Screen) -> None:
 def _details(value: Any) -> str:
     """`backend file, extra_config {...}`."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {item}" for name, item in value.items())
+        return ", ".join(f"{name} {item}" for name, item in value.items() if item is not None)
     return str(value)
 
 

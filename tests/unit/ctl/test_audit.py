@@ -81,6 +81,12 @@ def test_show(run: Run, log: Path) -> None:
     assert [entry["number"] for entry in json.loads(run("audit", "show", str(log), "--json").out)] == [1, 2, 3]
 
 
+def test_what_an_entry_does_not_know_is_not_shown(run: Run, log: Path) -> None:
+    """The first entry of every log said "warning None"."""
+    log.write_text(json.dumps({"event": "start", "asked": {"backend": "file", "warning": None}}) + "\n")
+    assert run("audit", "show", str(log)).out.splitlines()[1:] == ["    asked: backend file"]
+
+
 @pytest.mark.parametrize(
     "line",
     [
