@@ -5,9 +5,9 @@
     a standby serves, the primary was well for `healthy_s` ─▶ switch back
 
 The first of the stores is the primary: what a command has attached.  Its `fault_tolerance` goes for all of them.
-Changes go through the storage slot under ids that begin with `AUTOMATIC`; there is at most one under way, and none
-while a command works on the slot or the weights change.  What the slot does is never guessed from here: `advance` looks
-at the gate.  Called by `SchedulerCore.apply` and by the commands; replicated, on the plan's clock.
+Changes go through the storage slot (`changes.py`); there is at most one under way, and none while a command works on
+the slot or the weights change.  What the slot does is never guessed from here: `advance` looks at the gate.
+Called by `SchedulerCore.apply` and by the commands; replicated, on the plan's clock.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from sglang_hicache.cache.digest import StateDigest
 from sglang_hicache.cache.op import OpKind
 from sglang_hicache.cache.tiers import Tiers
 from sglang_hicache.config import StorageConfig
+from sglang_hicache.scheduler.changes import Changes
 from sglang_hicache.scheduler.stores import Store, Stores
-from sglang_hicache.storage import registry
-from sglang_hicache.storage.attachment_events import AUTOMATIC, Answer, Attach, Detach, State, Switch, Verdict
+from sglang_hicache.storage.attachment_events import Answer, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -52,17 +52,6 @@ class _Try:
     due_us: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """What the slot works on for us."""
-
-    id: str
-    #: Who is to serve; None: nobody, what serves is taken out.
-    store: Store | None
-    #: What it is called in the news.
-    cause: str
-
-
 class Failover:
     """One replica's."""
 
@@ -71,7 +60,6 @@ class Failover:
     ) -> None:
         self._rank = rank
         self._tiers = tiers
-        self._config = config
         #: Nothing may be attached just now: the weights change.
         self._is_busy = is_busy
         self._digest = digest
@@ -82,7 +70,7 @@ class Failover:
         self._try: _Try | None = None
         #: Its canary was good: attached as soon as nothing stands in the way.
         self._next: Store | None = None
-        self._change: _Change | None = None
+        self._changes = Changes(tiers, config)
         self._numbers = 0
         #: Canaries that begin with this tick; the core takes them.
         self.started: list[Canary] = []
@@ -123,7 +111,7 @@ class Failover:
 
     def _forget(self) -> None:
         """Whatever was going on does not matter any more."""
-        self._try = self._next = self._change = None
+        self._try = self._next = self._changes.under_way = None
         self._keeps_trying = False
         self._digest.mix(72, 1, bool(self._stores))
 
@@ -158,13 +146,12 @@ class Failover:
 
     def slot_answered(self, answer: Answer) -> None:
         """The slot has finished with a change that began here (its id begins with `AUTOMATIC`)."""
-        change, slot = self._change, self._tiers.slot
-        if change is None or change.id != answer.command_id:
-            return  # overtaken by a trip, or by a command
-        self._change = None
-        self._digest.mix(72, 4, self._numbers)
+        change = self._changes.ended(answer.command_id)
+        if change is None:
+            return
+        self._digest.mix(72, 4, answer.verdict is Verdict.OK)
         if change.store is None:
-            slot.last_error = self.breaker.reason  # how the drain ended is the smaller half of the story
+            self._tiers.slot.last_error = self.breaker.reason  # how the drain ended is the smaller half of the story
         elif answer.verdict is Verdict.OK:
             self._committed(change.store, change.cause)
         else:
@@ -195,31 +182,22 @@ class Failover:
         complaint = tiers.evidence.judge(now_us, forward_us, tiers.ops.count(OpKind.READ), recompute_us)
         if serving is not None and tiers.slot.gate() is None:
             self._trip(tiers.slot.last_error)
-        elif serving is not None and complaint and not self._is_held():
+        elif serving is not None and complaint and not self._changes.is_held():
             self._take_out(complaint)
         if self._is_free():
             self._move_on()
 
-    def _is_held(self) -> bool:
-        """A command works on the slot."""
-        slot = self._tiers.slot
-        openings = [] if slot.candidate is None else [slot.candidate.command_id]
-        return any(not command_id.startswith(AUTOMATIC) for command_id in openings + slot.waiters)
-
     def _is_free(self) -> bool:
         """May something be begun now?  While a sick store drains, the next one is tried already."""
-        is_bringing = self._try is not None or (self._change is not None and self._change.store is not None)
-        return bool(self._stores) and not is_bringing and not self._is_held() and not self._is_busy()
+        is_bringing = self._try is not None or self._changes.is_bringing()
+        return bool(self._stores) and not is_bringing and not self._changes.is_held() and not self._is_busy()
 
     def _take_out(self, complaint: str) -> None:
         """The gate closes now, on every rank; requests go on with what has arrived."""
-        slot = self._tiers.slot
-        self._change = None  # a switch that is opening ends with it
+        self._changes.under_way = None  # a switch that is opening ends with it
         self._trip(complaint)
-        slot.last_error = complaint
-        change = self._begin(None, "breaker")
-        due_us = self._now_us + int(self._config.force_timeout_s * 1e6)
-        self._tiers.carry_out(slot.handle(Detach(change.id, due_us)))
+        self._tiers.slot.last_error = complaint
+        self._changes.take_out()
 
     def _trip(self, reason: str) -> None:
         """What serves is sick, or gone."""
@@ -228,7 +206,7 @@ class Failover:
         if store is None or self._stores.limits.level == "off":
             return
         self.breaker.take(Turn.TRIP, self._now_us, reason)
-        if self._try is not None or self._next is not None or self._change is not None:
+        if self._try is not None or self._next is not None or self._changes.under_way is not None:
             self.breaker.take(Turn.TRY, self._now_us)  # the primary, on its way back
         self._digest.mix(72, 5, self.breaker.trips)
         wait_s = (store.backoff.due_us - self._now_us) / 1e6
@@ -256,26 +234,10 @@ class Failover:
 
     def _attach(self, store: Store) -> None:
         """It was well a moment ago."""
-        slot, is_switch = self._tiers.slot, self._stores.serving is not None
-        if slot.face() is not (State.ATTACHED if is_switch else State.DETACHED):
-            return  # something has not ended yet
-        self._next = None
-        change = self._begin(store, self._stores.cause(store))
-        backend, config = store.backend, store.extra_config_json
-        _, settings = registry.validate_extra_config(backend, config)
-        late_io = registry.late_io(backend, settings)
-        due_us = self._now_us + int(self._config.attach_timeout_s * 1e6)
-        event: Attach | Switch = Attach(change.id, backend, config, late_io, due_us=due_us)
-        if is_switch:
-            drain_us = int(self._config.drain_timeout_s * 1e6)
-            event = Switch(change.id, backend, config, late_io, due_us=due_us, drain_us=drain_us)
-        self._tiers.carry_out(slot.handle(event))
-
-    def _begin(self, store: Store | None, cause: str) -> _Change:
-        """A change for the slot to work on."""
-        self._numbers += 1
-        self._change = _Change(f"{AUTOMATIC}{self._numbers}-{cause}", store, cause)
-        return self._change
+        is_switch = self._stores.serving is not None
+        if self._changes.may_bring(is_switch=is_switch):
+            self._next = None
+            self._changes.bring(store, self._stores.cause(store), is_switch=is_switch)
 
     def _say(self, level: int, text: str) -> None:
         if self._rank == 0:
@@ -288,18 +250,19 @@ class Failover:
         return {} if self._try is None else {self._try.number: self._try.due_us}
 
     def next_deadline_us(self) -> int | None:
-        """When a canary becomes due, which only the clock brings."""
-        if not self._is_free() or self._next is not None:
+        """When something becomes due without any news: a canary, or, at once, what was held up until now."""
+        if not self._is_free():
             return None
+        if self._next is not None:
+            is_switch = self._stores.serving is not None
+            return self._now_us if self._changes.may_bring(is_switch=is_switch) else None
         if self._stores.serving is None:
             return min((store.backoff.due_us for store in self._stores.tried(self._keeps_trying)), default=None)
         return self._stores.primary.probe_us if self._stores.watches_primary() else None
 
     def under_way(self) -> str:
         """Which change the server makes by itself just now, in words; "" if it makes none."""
-        if self._change is None:
-            return ""
-        return f"attaches {self._change.store}" if self._change.store else "takes out a sick store"
+        return self._changes.in_words()
 
     def status(self, now_us: int) -> wire.BreakerStatus:
         """For people."""

@@ -131,6 +131,20 @@ def test_nothing_is_attached_while_the_weights_change() -> None:
     finish(world)
 
 
+def test_a_store_whose_canary_was_good_while_the_weights_changed_is_attached_when_they_have() -> None:
+    """The end of the update is the last thing that happens: nobody else wakes the leader."""
+    world = world_at("waiting")
+    world.sick.clear()
+    until(world, lambda: bool(world.ranks[0].canaries))
+    world.command(wire.UpdateWeights, weights_digest="b" * 64, model_path="", deadline_s=30.0)
+    elapse(world, 5)
+    assert not world.ranks[0].canaries and serving(world) == ""
+    for rank in world.ranks:
+        rank.end_staging()
+    until(world, lambda: serving(world) == "primary", limit=200)
+    finish(world)
+
+
 def test_the_end_of_the_server_ends_it() -> None:
     world = world_at("waiting")
     world.command(wire.DetachStorage, flush_timeout_s=0.1, deadline_s=1.0)
