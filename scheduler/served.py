@@ -43,7 +43,7 @@ class Served:
         ):  # fmt: skip
             self._counts[name] += tokens
         self._uncached.observe(request.prompt_tokens - total)
-        self._tiers.prompt_complete(request.seed, request.tokens[: request.prompt_tokens], total)
+        self._tiers.prompt_complete(request.seed, request.tokens, request.prompt_tokens, total)
         if tick != self._tick:
             self._tick, self._latest = tick, [0, 0]
         self._latest[0] += request.prompt_tokens

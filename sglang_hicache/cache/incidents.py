@@ -64,6 +64,11 @@ class Incidents:
 
     # ------------------------------------------------------------------------------------ beginnings and ends
 
+    @property
+    def is_open(self) -> bool:
+        """Storage is missed just now."""
+        return self._open is not None
+
     def begin_tick(self, now_us: int) -> None:
         """Before anything of a plan is applied."""
         if self._awaited:

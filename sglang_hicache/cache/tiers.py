@@ -210,9 +210,11 @@ class Tiers:
         for item in news:
             self.incidents.heard(item, self.slot.generation, self.slot.now_us)
 
-    def prompt_complete(self, seed: bytes, prompt: list[int], cached_tokens: int) -> None:
+    def prompt_complete(self, seed: bytes, tokens: list[int], prompt_tokens: int, cached_tokens: int) -> None:
         """A request has its first token; so many tokens of its prompt were not computed."""
-        self.incidents.prompt_computed(seed, prompt, cached_tokens, self.prefetcher.threshold_pages)
+        if self.incidents.is_open:  # asked here: while all is well no prompt is so much as copied
+            prompt = tokens[:prompt_tokens]
+            self.incidents.prompt_computed(seed, prompt, cached_tokens, self.prefetcher.threshold_pages)
 
     def attach_failed(self, backend: str, why: str) -> None:
         """An attach that somebody asked for did not come to be."""
