@@ -2,11 +2,12 @@
 
 A tick, in order:
 
-    outcomes   what all ranks agree on: attachments, ops, clears         tiers, commands
-    inputs     admin commands, new requests, aborts                      commands, here
-    choice     who computes what, with which pages                       admission
-    effects    messages, copies, the batch                               for the loop
-    results    sampled ids: tokens, stops, insertion into the tree       results
+    outcomes   what all ranks agree on: attachments, ops, clears, weights, canaries   tiers, commands, update, failover
+    inputs     admin commands; then, once the failover has moved, requests, aborts    commands, here
+    due        what waited and can go on now: commands, an update of the weights      commands, update
+    choice     who computes what, with which pages                                    admission
+    effects    messages, copies, the batch                                            for the loop
+    results    sampled ids: tokens, stops, insertion into the tree                    results
 
 Every rank applies the same plans and so holds the same state; nothing here reads a clock, a socket, a random
 number or a rank (but to name itself in its answers).  `digest` changes with every change of state.
@@ -122,7 +123,7 @@ class SchedulerCore:
         for outcome in plan.storage:
             self.tiers.storage_outcome(outcome)
         self._answer_slot()  # now: the write policy of an attach decides what its upload copies
-        self.news.look()
+        self.news.look()  # after each step that may move the slot: seen only once, two changes would look like one
         for op_outcome in plan.ops:
             with self.status.credited(op_outcome.op_id):
                 self.tiers.op_outcome(op_outcome, self.tick, plan.now_us)
