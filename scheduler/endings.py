@@ -12,6 +12,7 @@ from sglang_hicache.cache.op import Op, OpKind
 from sglang_hicache.storage.attachment import StorageAttachment
 from sglang_hicache.storage.attachment_events import State
 from sglang_hicache.storage.diagnosis import CODES
+from sglang_hicache.words import counted
 
 
 def reported(reasons: Mapping[int, str]) -> str:
@@ -47,8 +48,8 @@ def overdue(attachment: StorageAttachment, late: str) -> str:
             return f"timeout: not open in time on {late}"
         case State.DRAINING:
             return (
-                f"drain_timeout: the store hangs: {attachment.in_flight} operations did not end before the detach was "
-                f"due; they were cut off ({store})"
+                f"drain_timeout: the store hangs, and the detach was due: {counted(attachment.in_flight, 'operation')} "
+                f"cut off ({store})"
             )
         case _:
             return f"drain_timeout: the store did not close in time on {late}, and its process was killed ({store})"

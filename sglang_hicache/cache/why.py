@@ -14,6 +14,7 @@ from sglang_hicache.cache.controller import WRITE_THRESHOLD
 from sglang_hicache.cache.op import COPIES, WRITES, OpKind
 from sglang_hicache.cache.prefetch import CAPACITY_SHARE
 from sglang_hicache.cache.tiers import Tiers
+from sglang_hicache.words import counted
 
 #: An operation that is under way for so long is worth a sentence.
 STUCK_US = 1_000_000
@@ -59,8 +60,8 @@ def _stuck(tiers: Tiers, now_us: int) -> Iterator[str]:
     if oldest is not None and now_us - oldest.started_us >= STUCK_US:
         kind, lasted = oldest.kind.name.lower(), _seconds(now_us - oldest.started_us)
         yield (
-            f"{len(ops)} operations with the store are under way, the oldest, a {kind}, for {lasted}; a store that "
-            "ends none within --hicache-storage-op-timeout is hung"
+            f"under way with the store: {counted(len(ops), 'operation')}, the oldest, a {kind}, for {lasted}; a store "
+            "that ends none within --hicache-storage-op-timeout is hung"
         )
 
 

@@ -18,7 +18,8 @@ from sglang_hicache.ctl.exits import Exit, Refused, Unreachable
 from sglang_hicache.ctl.incidents import incident_table
 from sglang_hicache.ctl.operations import operation_table
 from sglang_hicache.ctl.runbook import runbook
-from sglang_hicache.ctl.tables import Screen, age, amounts, counted, printable, table
+from sglang_hicache.ctl.tables import Screen, age, amounts, printable, table
+from sglang_hicache.words import counted
 
 #: Incidents on the screen.
 _LATEST = 3
@@ -54,7 +55,12 @@ def _incidents(client: Client) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = client.ask("/hicache/incidents")["incidents"]
     except (Refused, Unreachable):
         return []
-    return found[-_LATEST:]
+    return [incident for incident in found if not _is_nothing(incident)][-_LATEST:]
+
+
+def _is_nothing(incident: dict[str, Any]) -> bool:
+    """Every start without storage at once is one in the list of `incidents`, and most meet no request."""
+    return incident["kind"] == "cold_start" and incident["ended"] is not None and not incident["requests"]
 
 
 def _show(status: dict[str, Any], incidents: list[dict[str, Any]], url: str, screen: Screen) -> None:

@@ -42,11 +42,6 @@ def age(seconds: float | None) -> str:
     return f"{int(seconds // 86400)} d {int(seconds % 86400 // 3600)} h"
 
 
-def counted(number: int, what: str) -> str:
-    """`1 rank`, `2 ranks`."""
-    return f"{number} {what}" + ("" if number == 1 else "s")
-
-
 def moment(iso: str) -> str:
     """A time of the server to the second, in UTC as it told it."""
     return iso.replace("T", " ")[:19]

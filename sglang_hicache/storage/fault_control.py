@@ -67,7 +67,10 @@ def read_faults(path: str | Path) -> Mapping[str, Fault]:
         content = os.read(descriptor, _MOST_BYTES)
     finally:
         os.close(descriptor)
-    return msgspec.json.decode(content, type=Faults).faults
+    try:
+        return msgspec.json.decode(content, type=Faults).faults
+    except UnicodeDecodeError as error:
+        raise msgspec.DecodeError(str(error)) from error
 
 
 def write_faults(path: Path, faults: Mapping[str, Fault]) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
+from sglang_hicache.errors import StorageError
 from sglang_hicache.storage.backend import OpenContext
 from sglang_hicache.storage.file import FileBackend, fault
 from sglang_hicache.storage.file_folder import (
@@ -30,6 +32,9 @@ from sglang_hicache.storage.settings import FileSettings
 #: In the outermost folder that a trial has made: whatever is empty from there on goes.  Of several ranks that try a new
 #: folder at once the last one to leave is not always the one that made it.
 _MADE = "made-by-trial"
+
+#: Where a page is written that has no name yet.
+_BY_CHANCE = re.compile(rf"/{TMP}/[0-9]+-[0-9a-f]{{16}}(/[0-9]+)?")
 
 
 class _Trial(FileBackend):
@@ -55,8 +60,20 @@ def trial_blocking(settings: FileSettings, context: OpenContext) -> Iterator[Fil
         except OSError as error:
             raise fault(f"cannot use {root} as storage folder", error) from error
         stack.callback(place.close)
-        own = msgspec.structs.replace(settings, file_storage_path=str(place.path / "store"))
-        yield _Trial(own, context, root)
+        own = str(place.path / "store")
+        with _in_the_name_of(root, own):
+            yield _Trial(msgspec.structs.replace(settings, file_storage_path=own), context, root)
+
+
+@contextlib.contextmanager
+def _in_the_name_of(root: Path, own: str) -> Iterator[None]:
+    """Errors speak of the store that is tried.  The name of the trial's own folder is drawn by chance: it would help
+    nobody, and of two ranks that meet the same obstacle each would seem to meet another."""
+    try:
+        yield
+    except StorageError as error:
+        said = _BY_CHANCE.sub(f"/{TMP}", str(error).replace(own, str(root)))
+        raise StorageError(said, error.reason, error.code) from error
 
 
 def _move_in(root: Path, rank: int) -> TemporaryFolder:
@@ -67,12 +84,23 @@ def _move_in(root: Path, rank: int) -> TemporaryFolder:
     make_private(root)
     refuse_unsafe(root)
     make_private(root / TMP)
-    return TemporaryFolder.create(root / TMP, rank)
+    try:
+        return TemporaryFolder.create(root / TMP, rank)
+    except OSError as error:
+        raise _about(root / TMP, error) from error
+
+
+def _about(folder: Path, error: OSError) -> OSError:
+    """The same of a folder that everybody knows: the name that could not be made was drawn by chance."""
+    return OSError(error.errno, error.strerror, str(folder))
 
 
 def _make_outermost(folder: Path) -> None:
     """With its note from the first moment on: a rank that finds it must find both."""
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise _about(folder, error) from error
     (made / _MADE).touch(mode=0o600)
     try:
         made.rename(folder)

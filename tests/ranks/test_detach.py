@@ -89,7 +89,7 @@ def test_fm14_a_forced_detach_of_a_store_that_hangs_is_answered_and_requests_go_
     assert slot(world).face() is State.DRAINING and len(world.ranks[0].core.tiers.ops.of_epoch(1)) == 1
     assert until_answered(world, command) <= 1.0 + GRACE_S
     answer = world.answer(command)
-    assert answer.success and "drain_timeout: the store hangs: 1 operations" in answer.message
+    assert answer.success and "drain_timeout: the store hangs, and the detach was due: 1 operation " in answer.message
     assert {process.state for process in processes(world, 1)} == {"gone"}
     world.settle()
     world.check()

@@ -37,11 +37,11 @@ def test_a_store_that_does_not_answer_is_told_before_it_counts_as_hung() -> None
     status = world.ranks[0].core.status
     assert not any("under way" in sentence for sentence in status.answer("q").why), "it has only begun"
     (told,) = [words for words in status.answer("q", world.now_us + 3_000_000).why if "under way" in words]
-    assert told.startswith("1 operations with the store are under way, the oldest, a lookup, for 3.0 s; ")
+    assert told.startswith("under way with the store: 1 operation, the oldest, a lookup, for 3.0 s; ")
     world.command(wire.DetachStorage, flush_timeout_s=0.0, deadline_s=9.0)
     tick(world)
     draining, told = status.answer("q", world.now_us + 4_000_000).why
-    assert draining.startswith("storage is draining: ") and told.startswith("1 operations ")
+    assert draining.startswith("storage is draining: ") and told.startswith("under way with the store: 1 operation, ")
 
 
 def test_a_lane_that_hangs_is_noticed_although_requests_keep_coming(caplog: pytest.LogCaptureFixture) -> None:
@@ -83,7 +83,7 @@ def test_a_detach_that_had_to_kill_says_so(busy: bool, caplog: pytest.LogCapture
     assert world.answer(command).success
     assert words.startswith("drain_timeout: ")
     if busy:
-        assert "1 operations did not end before the detach was due" in words
+        assert "the detach was due: 1 operation cut off" in words
     else:
         assert words == (
             "drain_timeout: the store did not close in time on rank 0, 1, and its process was killed (memory, epoch 1)"

@@ -110,6 +110,28 @@ class TestReport:
         assert "chmod go-w" in report.reason
         assert os.listdir(root) == []
 
+    @pytest.mark.parametrize("where", ["/proc/pages", "/proc/a/pages", "a folder", "a page"])
+    def test_ranks_that_meet_the_same_obstacle_say_the_same(
+        self, where: str, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Names that are drawn by chance are in no reason: eight ranks with the same mistake are one sentence."""
+        config = {"file_storage_path": where if where.startswith("/") else str(root)}
+        if where == "a folder":
+            root.mkdir(mode=0o700)
+            (root / "tmp").touch()
+        elif where == "a page":
+            opened = os.open
+
+            def refuse(path: Any, flags: int, *mode: int, **more: Any) -> int:
+                if flags & os.O_EXCL and not str(path).endswith("lock"):
+                    raise PermissionError(13, "Permission denied", str(path))
+                return opened(path, flags, *mode, **more)
+
+            monkeypatch.setattr(os, "open", refuse)
+        reports = [dry_run("file", config, rank=rank) for rank in range(2)]
+        assert reports[0].failed_step and reports[0].reason == reports[1].reason, reports
+        assert config["file_storage_path"] in reports[0].reason
+
     def test_a_disk_without_room(self, root: Path, tmp_path: Path) -> None:
         disk = os.statvfs(tmp_path)
         config = {"file_storage_path": str(root), "min_free_space": disk.f_blocks * disk.f_frsize - 1}

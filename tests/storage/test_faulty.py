@@ -156,14 +156,16 @@ def test_a_pipe_in_the_place_of_a_control_file_holds_nobody(open_backend: Open, 
     open_backend("faulty", _controlled(control, faults={"touch": {"kind": "slow"}}))
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"faults": {"exists": {"kind": "flip"}}}', '{"fault": {}}'])
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b'{"faults": {"exists": {"kind": "flip"}}}', b'{"fault": {}}', b'{"faults": "\xff"}']
+)
 def test_a_control_file_that_is_not_valid_changes_nothing_and_is_told_once(
-    open_backend: Open, tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+    open_backend: Open, tmp_path: Path, text: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     control = tmp_path / "control.json"
     write_faults(control, {"touch": Fault(kind="error")})
     backend = open_backend("faulty", _controlled(control))
-    control.write_text(text)
+    control.write_bytes(text)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             with pytest.raises(StorageError):

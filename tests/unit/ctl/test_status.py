@@ -141,6 +141,13 @@ def test_the_latest_incidents(show: Callable[..., str]) -> None:
     assert [line.split()[0] for line in section[1:]] == ["2", "3", "4"]
 
 
+def test_a_cold_start_that_met_no_request_alarms_nobody(show: Callable[..., str]) -> None:
+    over = incident(kind="cold_start", requests=0, reprefilled_tokens=0)
+    assert "latest incidents" not in show(incidents=[over])
+    assert "cold start" in show(incidents=[over | {"requests": 1}])
+    assert "so far" in show(incidents=[over | {"ended": None}])
+
+
 def test_incidents_that_cannot_be_told_hide_nothing(server: FakeServer, run: Run) -> None:
     server.says("GET", "/hicache/storage-backend", Said(status()))
     server.says("GET", "/hicache/incidents", Said({"error": {"message": "no rank has answered in time"}}, 503))
