@@ -82,10 +82,12 @@ class Control:
 
     async def give_up_dry_runs(self) -> None:
         """The server ends: whether another store would work need not be known any more."""
-        for operation in self.operations.running():
-            if isinstance(operation.order, DryRunStorage):
-                with contextlib.suppress(NotCancellable):  # it has ended while another one was given up
-                    await self.cancel(operation, SERVER)
+        dry_runs = (each for each in self.operations.running() if isinstance(each.order, DryRunStorage))
+        await asyncio.gather(*map(self._give_up, dry_runs))
+
+    async def _give_up(self, operation: Operation) -> None:
+        with contextlib.suppress(NotCancellable):  # it has ended meanwhile
+            await self.cancel(operation, SERVER)
 
     def news(self, news: StorageNews) -> None:
         """Another storage is attached than before, or none.  What a command has done, its operation tells."""

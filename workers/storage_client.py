@@ -10,6 +10,7 @@ the process may still write to the host pool; afterwards it cannot.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
@@ -43,8 +44,13 @@ class StorageClient:
         self._push: Push | None = None
         bootstrap = Bootstrap(open=open, host_fd=host_fd, run_dir=run_dir, parent_pid=os.getpid())
         reader, self._lifeline = _filled_pipe(msgspec.msgpack.encode(bootstrap))
-        self._pull = Pull(self._addresses[1], wire.FromStorage, bind=True)
-        try:
+        self._pidfd = -1
+        with contextlib.ExitStack() as reading, contextlib.ExitStack() as unless_it_starts:
+            reading.callback(os.close, reader)
+            unless_it_starts.callback(self._release)
+            unless_it_starts.callback(self._unlink)
+            self._pull = Pull(self._addresses[1], wire.FromStorage, bind=True)
+            unless_it_starts.callback(self._pull.close)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", _MODULE, "rank", str(open.rank), open.backend],
                 stdin=reader,
@@ -52,13 +58,10 @@ class StorageClient:
                 start_new_session=True,
                 env=_environment(),
             )
-        except OSError:
-            self._pull.close()
-            os.close(self._lifeline)
-            raise
-        finally:
-            os.close(reader)
-        self._pidfd = os.pidfd_open(self._process.pid)
+            unless_it_starts.callback(self._process.wait)  # once it is killed, which comes first
+            unless_it_starts.callback(self.kill)
+            self._pidfd = os.pidfd_open(self._process.pid)
+            unless_it_starts.pop_all()
 
     def __repr__(self) -> str:
         return f"<StorageClient {self._open.backend} rank={self._open.rank} epoch={self._open.epoch} pid={self.pid}>"
@@ -119,6 +122,9 @@ class StorageClient:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+        self._unlink()
+
+    def _unlink(self) -> None:
         for address in self._addresses:  # or each attachment would leave two files in the folder of the run
             Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
 

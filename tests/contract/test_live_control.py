@@ -515,3 +515,23 @@ def test_a_config_file_on_a_disk_that_hangs_holds_nobody_up(
         assert server.run(scenario()).status_code == 200
     assert waited == [True], "the file was read beside the loop"
     server.close()
+
+
+def test_dry_runs_are_given_up_all_at_once_when_the_server_ends(patient: FakeServer) -> None:
+    """Ranks that are silent cost the end of the server one deadline, and not one for each dry run."""
+
+    async def scenario() -> None:
+        ids = [
+            (await patient.request("PUT", PATH, json=FILE | {"dry_run": True, "async": True, "timeout_s": 60},
+                                   headers=ADMIN)).json()["operation_id"]
+            for _ in range(3)
+        ]  # fmt: skip
+        end = asyncio.ensure_future(patient.control.give_up_dry_runs())
+        deadline = asyncio.get_running_loop().time() + 5.0
+        while {message.target for message in patient.commands(wire.CancelCommand)} != set(ids):
+            assert asyncio.get_running_loop().time() < deadline, "the second waits for the first"
+            await asyncio.sleep(0)
+        end.cancel()
+
+    patient.answer_command = lambda rank, command: None
+    patient.run(scenario())

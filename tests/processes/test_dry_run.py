@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -230,3 +231,23 @@ def test_a_server_tries_stores_out_on_every_rank_and_leaves_while_it_does(tmp_pa
             server.process.send_signal(signal.SIGTERM)
             assert [rank["code"] for rank in hung.result(PATIENCE_S).json()["ranks"]] == ["cancelled"] * 2
         server.process.wait(PATIENCE_S)
+
+
+def test_a_process_that_cannot_be_watched_does_not_stay(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rank has no descriptor left, just when the process has been started."""
+    started: list[int] = []
+
+    def full(pid: int) -> int:
+        started.append(pid)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    trying = Trying(launcher())
+    before = sorted(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pidfd_open", full)
+        trying.start("a", "memory", {})
+    trying.run(lambda: "a" in trying.reports)
+    assert "Too many open files" in trying.reports["a"].reason
+    with pytest.raises(ChildProcessError):
+        os.waitpid(started[0], 0)
+    assert sorted(os.listdir("/proc/self/fd")) == before
