@@ -157,7 +157,7 @@ def test_a_pipe_in_the_place_of_a_control_file_holds_nobody(open_backend: Open, 
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"[]", b'{"faults": {"exists": {"kind": "flip"}}}', b'{"fault": {}}', b'{"faults": "\xff"}']
+    "text", [b"", b"[]", b'{"faults": {"exists": {"kind": "flip"}}}', b'{"fault": {}}', b'{"\xff": 1}']
 )
 def test_a_control_file_that_is_not_valid_changes_nothing_and_is_told_once(
     open_backend: Open, tmp_path: Path, text: bytes, caplog: pytest.LogCaptureFixture
