@@ -7,7 +7,6 @@ for long: what is about to happen is in the log first, unless the log is sick, a
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import time
 from concurrent.futures import Future
@@ -92,8 +91,11 @@ class Trail:
             before=operation.before,
         )  # fmt: skip
         if written is not None:
-            with contextlib.suppress(TimeoutError, OSError):
-                await asyncio.wait_for(asyncio.wrap_future(written), PATIENCE_S)
+            # Not `wait_for`: in Python 3.11 it forgets that it was cancelled if the line is written at that moment, and
+            # the end of the server would wait for the command's deadline.
+            writing = asyncio.wrap_future(written)
+            writing.add_done_callback(_heard)
+            await asyncio.wait([writing], timeout=PATIENCE_S)
 
     def ended(self, operation: Operation) -> None:
         """All ranks have answered, or the time is over, or a late answer has come."""
@@ -184,3 +186,9 @@ def _asked(order: Order) -> dict[str, Any]:
 def _short(text: str) -> str:
     text = without_secrets(text)
     return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 3] + "..."
+
+
+def _heard(writing: asyncio.Future[str]) -> None:
+    """A line that could not be written is told by the log's own status; asyncio need not complain that nobody asked."""
+    if not writing.cancelled():
+        writing.exception()

@@ -209,9 +209,11 @@ def test_a_late_answer_is_a_second_end(audited: Callable[..., FakeServer], path:
 def test_what_the_end_of_the_server_cuts_off_has_an_end(audited: Callable[..., FakeServer], path: Path) -> None:
     server = audited()
     server.answer_command = lambda rank, command: None
-    accepted = server.call("PUT", PATH, json=FILE | {"async": True}, headers=ADMIN).json()
+    # With a deadline far behind the end of the server: one that came first would be another end.
+    patient = FILE | {"dry_run": True, "async": True, "timeout_s": 600}
+    accepted = server.call("PUT", PATH, json=patient, headers=ADMIN).json()
     found = entries(server, path)[1:-1]
-    assert [short(each) for each in found] == [("begin", "attach", None), ("end", "attach", "unknown")]
+    assert [short(each) for each in found] == [("begin", "dry_run", None), ("end", "dry_run", "unknown")]
     assert "the server has stopped" in found[1]["message"]
     assert {each["operation"] for each in found} == {accepted["operation_id"]}
 
