@@ -80,6 +80,8 @@ class StorageLauncher:
             writes=layout.writes,
             page_bytes=layout.page_bytes,
             host_pages=0,
+            tp_size=config.tp_size,
+            model_name=config.model.served_name,
             log_format=config.log.format,
             log_level=config.log.level,
         )

@@ -427,6 +427,9 @@ class OpenBackend(Message):
     page_bytes: int
     #: Pages in the host pool.
     host_pages: int
+    #: Ranks of the server, and the name under which it serves its model: some backends want to know.
+    tp_size: int = 1
+    model_name: str = ""
     #: Variables that have gone into the extra config: those that look like secrets stay out of the log.
     environment: dict[str, str] = {}
     #: Try the backend out with pages that are nobody's, say what was found (`DryRunDone`), and go.

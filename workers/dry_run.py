@@ -90,7 +90,13 @@ class DryRun:
                 _, self._settings = registry.validate_extra_config(opened.backend, opened.extra_config_json)
                 common = store_settings(opened.extra_config_json)
                 shared = Shared(open_cipher_blocking(common.encryption))
-                context = OpenContext(rank=opened.rank, namespace=NAMESPACE, page_bytes=opened.page_bytes)
+                context = OpenContext(
+                    rank=opened.rank,
+                    namespace=NAMESPACE,
+                    page_bytes=opened.page_bytes,
+                    tp_size=opened.tp_size,
+                    model_name=opened.model_name,
+                )
                 trial = registry.trial_blocking(opened.backend, self._settings, context)
                 backend = stack.enter_context(trial)
                 stack.callback(_close, backend)

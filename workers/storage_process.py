@@ -277,13 +277,20 @@ def page_layout(opened: wire.OpenBackend) -> PageLayout:
     return PageLayout(opened.namespace, opened.head_start, opened.head_end, parts)
 
 
-def open_store_blocking(opened: wire.OpenBackend) -> OpenStore:
+def open_store_blocking(opened: wire.OpenBackend, pool: HostPool) -> OpenStore:
     """Make the backend, open it, and see that it keeps what it is given.  Closed again if it does not."""
     _, settings = registry.validate_extra_config(opened.backend, opened.extra_config_json)
     common = store_settings(opened.extra_config_json)
     cipher = open_cipher_blocking(common.encryption)
     shared = Shared(cipher, NegativeCache(time.monotonic, common.negative_ttl_s))
-    context = OpenContext(rank=opened.rank, namespace=opened.namespace, page_bytes=opened.page_bytes)
+    context = OpenContext(
+        rank=opened.rank,
+        namespace=opened.namespace,
+        page_bytes=opened.page_bytes,
+        tp_size=opened.tp_size,
+        model_name=opened.model_name,
+        host_memory=pool.buffer,
+    )
     backend = registry.create(opened.backend, settings, context)
     with ExitStack() as undo:
         undo.callback(backend.close_blocking)
@@ -321,7 +328,7 @@ def serve_blocking(bootstrap: Bootstrap) -> int:
     pool = HostPool.attach(bootstrap.host_fd, opened.host_pages, opened.page_bytes)
     try:
         try:
-            store = open_store_blocking(opened)
+            store = open_store_blocking(opened, pool)
         except Exception as error:  # process edge: whatever a backend's library throws is the answer of this attach
             found = diagnose(error, opened.backend)
             _logger.warning("cannot attach: %s", found)

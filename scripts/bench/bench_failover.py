@@ -42,8 +42,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from served import Server, share_of_cores
 
 from sglang_hicache.storage.fault_control import write_faults
+from sglang_hicache.storage.faulty_settings import Fault
 from sglang_hicache.storage.registry import ALLOW_FAULTY_ENV
-from sglang_hicache.storage.settings import Fault
 
 STORAGE = "/hicache/storage-backend"
 PAGE = 64

@@ -32,8 +32,8 @@ from bench_serving import PAGE, Prompts, two_servers
 from served import Server, share_of_cores
 
 from sglang_hicache.storage.fault_control import write_faults
+from sglang_hicache.storage.faulty_settings import Fault
 from sglang_hicache.storage.registry import ALLOW_FAULTY_ENV
-from sglang_hicache.storage.settings import Fault
 
 MOST_LOSS = 0.05
 #: What a server does once it has answered, copies to the host above all, must not be paid by whoever is asked next.

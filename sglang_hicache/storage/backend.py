@@ -59,6 +59,12 @@ class OpenContext:
     rank: int
     namespace: str
     page_bytes: int
+    #: Ranks of the server, and the name under which it serves its model; no name of a page depends on them.
+    tp_size: int = 1
+    model_name: str = ""
+    #: The rank's whole host pool, for a backend whose library must know memory before it transfers; None: a dry run, or
+    #: a backend without a rank.
+    host_memory: memoryview | None = None
 
 
 class StorageBackend(ABC):

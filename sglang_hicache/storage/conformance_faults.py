@@ -20,8 +20,8 @@ from sglang_hicache.storage.backend import StorageBackend
 from sglang_hicache.storage.checked import BatchResult, CheckedStore, Shared
 from sglang_hicache.storage.conformance import ContractBroken, Make, demand, new_layout, opened
 from sglang_hicache.storage.faulty import FaultyBackend
+from sglang_hicache.storage.faulty_settings import Fault, FaultCall, FaultKind, FaultySettings
 from sglang_hicache.storage.page_format import HEADER_BYTES, Cipher, PageLayout
-from sglang_hicache.storage.settings import Fault, FaultCall, FaultKind, FaultySettings
 
 #: Faults that strike, by call.  Those of reads and writes strike single pages.
 SABOTAGES: tuple[tuple[FaultCall, FaultKind], ...] = (
@@ -195,7 +195,7 @@ class _World:
 
 def _sabotaged(inner: StorageBackend, faults: dict[FaultCall, Fault]) -> FaultyBackend:
     """A saboteur around a backend that is open, and stays it."""
-    return FaultyBackend(FaultySettings(inner="open already", faults=faults), inner)
+    return FaultyBackend(FaultySettings(inner="open already", faults=faults), [inner])
 
 
 def _random_pages(layout: PageLayout, count: int) -> tuple[list[bytes], list[bytes]]:

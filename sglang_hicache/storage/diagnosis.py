@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import msgspec
 
 from sglang_hicache.errors import HiCacheError, StorageError, UserError
-from sglang_hicache.storage.settings import BackendSettings, FileSettings
+from sglang_hicache.storage.settings import BackendSettings
 
 #: Why a store cannot be used, and what helps.
 ADVICE = {
@@ -105,7 +105,7 @@ def diagnose(error: BaseException, backend: str, settings: BackendSettings | Non
     """What is behind an error that kept a store from being used.  `settings`: as far as they could be read."""
     code = _code_of(error)
     said = str(error) if isinstance(error, HiCacheError) else f"{type(error).__name__}: {error}"
-    place = _place(settings)
+    place = settings.place() if settings is not None else ""
     where = f" at {place}" if place and place not in said else ""
     tried = said if isinstance(error, UserError) else f"{said} ({backend} store{where})"
     return Diagnosis(code, f"{tried}; {ADVICE[code]}")
@@ -153,8 +153,3 @@ def _known(error: BaseException) -> str:
         return error.reason
     told = _ERRNO.search(text)
     return _BY_ERRNO.get(int(told[1]), "") if told else ""
-
-
-def _place(settings: BackendSettings | None) -> str:
-    """Where the store is, as far as its settings tell."""
-    return settings.file_storage_path if isinstance(settings, FileSettings) else ""

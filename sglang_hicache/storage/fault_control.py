@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 
 from sglang_hicache.private_file import write_private_blocking
-from sglang_hicache.storage.settings import Fault, Faults
+from sglang_hicache.storage.faulty_settings import Fault, Faults
 
 log = logging.getLogger(__name__)
 

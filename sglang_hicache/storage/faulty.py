@@ -37,8 +37,8 @@ import xxhash
 from sglang_hicache.errors import StorageError
 from sglang_hicache.storage.backend import Capabilities, PageOutcome, PageResult, StorageBackend
 from sglang_hicache.storage.fault_control import FaultControl
+from sglang_hicache.storage.faulty_settings import Fault, FaultySettings
 from sglang_hicache.storage.page_format import HEADER_BYTES, IncomingPage, OutgoingPage, PageName
-from sglang_hicache.storage.settings import Fault, FaultySettings
 
 _PAGE_KINDS = ("error", "no_space", "flip", "short", "disappear", "duplicate")
 
@@ -115,7 +115,8 @@ class _Forged:
 class FaultyBackend(StorageBackend):
     """Another backend, sabotaged."""
 
-    def __init__(self, settings: FaultySettings, inner: StorageBackend) -> None:
+    def __init__(self, settings: FaultySettings, inside: Sequence[StorageBackend]) -> None:
+        (inner,) = inside
         self._inner = inner
         self._faults = dict(settings.faults)
         self._control = FaultControl(settings.control) if settings.control else None

@@ -16,12 +16,12 @@ from typing import Any
 
 import msgspec
 
-from sglang_hicache.errors import UserError
+from sglang_hicache.errors import StorageError, UserError
 from sglang_hicache.storage.backend import OpenContext, StorageBackend
+from sglang_hicache.storage.faulty_settings import FaultySettings
 from sglang_hicache.storage.settings import (
     COMMON_KEYS,
     BackendSettings,
-    FaultySettings,
     FileSettings,
     MemorySettings,
     PrefetchSettings,
@@ -46,8 +46,8 @@ class BackendSpec:
     module: str
     class_name: str
     settings: type[BackendSettings]
-    #: See `Capabilities.late_io`: the rank must know it when the process can no longer be asked.
-    late_io: bool = False
+    #: What `pip install sglang-hicache[...]` must name for its libraries; "": it needs none.
+    extra: str = ""
     #: Module with a `trial_blocking(settings, context)` of its own for dry runs; "": a dry run uses the store itself.
     trial_module: str = ""
 
@@ -90,40 +90,53 @@ def validate_extra_config(name: str, text: str | None) -> tuple[PrefetchSettings
 
 
 def late_io(name: str, settings: BackendSettings) -> bool:
-    """May host memory of this backend be written after its process died?"""
-    if isinstance(settings, FaultySettings):
-        return settings.late_io or spec(settings.inner).late_io
-    return spec(name).late_io
+    """May host memory of this backend be written after its process died?  The rank must know it when the process can
+    no longer be asked."""
+    inside = [late_io(child, child_settings) for child, child_settings in _children(settings)]
+    return settings.may_write_late() or any(inside)
 
 
 def create(name: str, settings: BackendSettings, context: OpenContext) -> StorageBackend:
-    """Make a backend; it is not open yet."""
-    found = spec(name)
-    backend_class = _class(found)
-    if isinstance(settings, FaultySettings):
-        inner = spec(settings.inner)
-        return backend_class(settings, create(inner.name, _convert(inner, settings.inner_config), context))
-    return backend_class(settings, context)
+    """Make a backend, and those that it is made of; it is not open yet."""
+    backend_class = _class(spec(name))
+    inside = [create(child, child_settings, context) for child, child_settings in _children(settings)]
+    return backend_class(settings, inside) if inside else backend_class(settings, context)
 
 
 @contextlib.contextmanager
 def trial_blocking(name: str, settings: BackendSettings, context: OpenContext) -> Iterator[StorageBackend]:
     """A backend for a dry run, not open yet: where it can it keeps out of the way of the pages that are there."""
     found = spec(name)
-    if isinstance(settings, FaultySettings):
-        inner = spec(settings.inner)
-        with trial_blocking(inner.name, _convert(inner, settings.inner_config), context) as backend:
-            yield _class(found)(settings, backend)
+    children = _children(settings)
+    if children:
+        with contextlib.ExitStack() as stack:
+            trials = [trial_blocking(child, child_settings, context) for child, child_settings in children]
+            yield _class(found)(settings, [stack.enter_context(trial) for trial in trials])
     elif found.trial_module:
-        module = importlib.import_module(found.trial_module)  # lazy door: as above
+        module = importlib.import_module(found.trial_module)  # lazy door: as below
         with vars(module)["trial_blocking"](settings, context) as backend:
             yield backend
     else:
         yield create(name, settings, context)
 
 
+def _children(settings: BackendSettings) -> list[tuple[str, BackendSettings]]:
+    """Name and record of the backends inside."""
+    return [(child.backend, _convert(spec(child.backend), child.config)) for child in settings.children()]
+
+
 def _class(found: BackendSpec) -> Any:
-    module = importlib.import_module(found.module)  # lazy door: only the chosen backend may cost start-up time
+    try:
+        module = importlib.import_module(found.module)  # lazy door: only the chosen backend may cost start-up time
+    except ModuleNotFoundError as error:
+        if not found.extra:
+            raise
+        raise StorageError(
+            f"the backend {found.name!r} needs the package {error.name!r}, which is not installed here: "
+            f"pip install 'sglang-hicache[{found.extra}]'",
+            "refused",
+            "missing_library",
+        ) from error
     return vars(module)[found.class_name]
 
 
@@ -139,8 +152,8 @@ def _convert(found: BackendSpec, config: dict[str, Any]) -> BackendSettings:
         settings = msgspec.convert(config, found.settings)
     except msgspec.ValidationError as error:
         raise UserError(f"extra config of {found.name}: {error}; {takes}") from error
-    if isinstance(settings, FaultySettings):
-        if settings.inner == "faulty":
+    for child in settings.children():
+        if child.backend == found.name == "faulty":
             raise UserError("extra config inner='faulty' is not allowed; sabotage one real backend")
-        _convert(spec(settings.inner), settings.inner_config)
+        _convert(spec(child.backend), child.config)
     return settings

@@ -1,12 +1,13 @@
-"""The extra config of each backend as a record, and the controller's own keys that travel in the same JSON object.
+"""The controller's own keys in an extra config, and the record of the backends that keep the bytes themselves.
 
-Used by `registry.py` in every process that checks a command; a backend gets its record ready made.  Pure.
+Other backends have their record beside them, in `*_settings.py`.  Used by `registry.py` in every process that checks a
+command; a backend gets its record ready made.  Pure.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -63,8 +64,27 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
 COMMON_KEYS = (*PrefetchSettings.__struct_fields__, *StoreSettings.__struct_fields__)
 
 
+class ChildStore(NamedTuple):
+    """A store inside another one, as its extra config names it."""
+
+    backend: str
+    config: dict[str, Any]
+
+
 class BackendSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of the record that a backend gets."""
+
+    def place(self) -> str:
+        """Where the store is, in an operator's words; "" where that says nothing.  Never a secret."""
+        return ""
+
+    def may_write_late(self) -> bool:
+        """May host memory be written after the process died (`Capabilities.late_io`)?  Children answer themselves."""
+        return False
+
+    def children(self) -> tuple[ChildStore, ...]:
+        """The stores that this one is made of; they reach its backend in this order."""
+        return ()
 
 
 class CapacitySettings(BackendSettings, frozen=True, kw_only=True):
@@ -137,6 +157,9 @@ class FileSettings(CapacitySettings, frozen=True, kw_only=True):
         if "\0" in path or path != path.encode(errors="ignore").decode():
             raise ValueError(f"file_storage_path={path!r} holds a character that no path may have")
 
+    def place(self) -> str:
+        return self.file_storage_path
+
     def min_free_bytes(self) -> int | None:
         """What stays free; None: the default for the disk."""
         return None if self.min_free_space is None else parse_size(self.min_free_space)
@@ -146,73 +169,6 @@ def _check_size(size: int | str | None) -> None:
     """ValueError unless it is one, or will be known on its rank."""
     if size is not None and not has_placeholder(size):
         parse_size(size)
-
-
-FaultKind = Literal[
-    "error", "no_space", "exception", "slow", "twice", "hold", "hang", "crash", "none", "short_list", "wrong_type",
-    "flip", "short", "disappear", "duplicate", "stale",
-]  # fmt: skip
-FaultCall = Literal["open", "exists", "read", "write", "touch", "delete", "set_aside", "clear", "close"]
-
-#: Kinds that only some calls know; a fault that could never happen would make a test prove nothing.
-_CALLS_OF_KIND: dict[str, tuple[str, ...]] = {
-    "flip": ("read", "write"),
-    "short": ("read", "write"),
-    "duplicate": ("read", "write"),
-    "disappear": ("exists", "read", "write"),
-    "stale": ("exists",),
-}
-
-
-class Fault(BackendSettings, frozen=True, kw_only=True):
-    """What goes wrong in one kind of call."""
-
-    #: What happens; see `faulty.py`.
-    kind: FaultKind
-    #: Number of the first call (for faults of single pages: page) that is hit, counted from 0 since open.
-    first: int = 0
-    #: How many are hit; null for all that follow.
-    count: int | None = None
-    #: Share of the hit ones that really fail, spread evenly by a hash of their number.
-    share: float = 1.0
-    #: Folder of a `Gate`, for "hold".
-    gate: str = ""
-    #: Byte of the stored object, header included, at which "flip" and "short" strike; beyond its end the last one.
-    #: Null: any byte of it for "flip", spread by a hash of the page's number; for "short" see `faulty.py`.
-    at: int | None = None
-    #: How long "slow" takes, on top.
-    delay_ms: float = 0.0
-
-
-class Faults(BackendSettings, frozen=True, kw_only=True):
-    """What goes wrong in which calls."""
-
-    #: Call name (open, exists, read, write, touch, delete, set_aside, clear, close) to what goes wrong there.
-    faults: dict[FaultCall, Fault] = {}
-
-    def __post_init__(self) -> None:
-        for call, fault in self.faults.items():
-            calls = _CALLS_OF_KIND.get(fault.kind, (call,))
-            if call not in calls:
-                raise ValueError(f"fault {fault.kind!r} cannot strike {call!r}, only {', '.join(calls)}")
-
-
-class FaultySettings(Faults, frozen=True, kw_only=True):
-    """A saboteur around another backend; for tests and drills only."""
-
-    #: Name of the backend inside.
-    inner: str
-    #: Its extra config.
-    inner_config: dict[str, Any] = {}
-    #: Says of itself that hardware may write after its death.
-    late_io: bool = False
-    #: Absolute path of a JSON file {"faults": {...}} that replaces `faults` whenever it changes; "": there is none.
-    control: str = ""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.control and (not self.control.startswith("/") or "\0" in self.control):
-            raise ValueError(f"control={self.control!r} is not allowed; it takes the absolute path of a file")
 
 
 def split_extra_config(text: str | None) -> tuple[PrefetchSettings, dict[str, Any]]:

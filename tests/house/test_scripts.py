@@ -10,7 +10,8 @@ import pytest
 
 from tests.house.source import ROOT
 
-SCRIPTS = [ROOT / "scripts" / name for name in ("install", "lint", "test", "serve")] + [ROOT / ".ci" / "run"]
+_NAMES = ("install", "install-servers", "lint", "test", "serve")
+SCRIPTS = [ROOT / "scripts" / name for name in _NAMES] + [ROOT / ".ci" / "run"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
@@ -35,7 +36,7 @@ def copy_with_a_space(tmp_path: Path) -> Path:
     root = tmp_path / "a tree"
     (root / "scripts").mkdir(parents=True)
     (root / ".venv" / "bin").mkdir(parents=True)
-    for name in ("install", "lint", "test", "pins.txt"):
+    for name in ("install", "install-servers", "lint", "test", "pins.txt"):
         (root / "scripts" / name).write_bytes((ROOT / "scripts" / name).read_bytes())
         (root / "scripts" / name).chmod(0o755)
     python = root / ".venv" / "bin" / "python"

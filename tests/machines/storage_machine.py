@@ -24,7 +24,8 @@ from sglang_hicache import wire
 from sglang_hicache.cache import backup
 from sglang_hicache.cache.op import WRITES, OpKind
 from sglang_hicache.config import PREFETCH_POLICIES, WRITE_POLICIES
-from sglang_hicache.storage.settings import Fault, MemorySettings
+from sglang_hicache.storage.faulty_settings import Fault
+from sglang_hicache.storage.settings import MemorySettings
 from sglang_hicache.workers import storage_lanes
 from tests.machines.storage_checks import LOSING, Checks
 from tests.machines.storage_world import Life, PlayedProcess, Server

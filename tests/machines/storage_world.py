@@ -24,9 +24,10 @@ from sglang_hicache.storage.attachment_events import Spawn
 from sglang_hicache.storage.backend import OpenContext
 from sglang_hicache.storage.checked import CheckedStore, Shared
 from sglang_hicache.storage.faulty import FaultyBackend, SabotageError
+from sglang_hicache.storage.faulty_settings import Fault, FaultySettings
 from sglang_hicache.storage.memory import MemoryBackend
 from sglang_hicache.storage.negative import NegativeCache
-from sglang_hicache.storage.settings import Fault, FaultySettings, MemorySettings
+from sglang_hicache.storage.settings import MemorySettings
 from sglang_hicache.workers.storage_process import OpenStore, Supervisor, page_layout
 from sglang_hicache.workers.synthetic import SyntheticWorker
 from tests.machines.storage_witnesses import FreePages, Journal
@@ -63,7 +64,7 @@ class PlayedProcess:
 
     def __init__(self, server: Server, epoch: int) -> None:
         self.life = Life.OPENING
-        self.backend = FaultyBackend(FaultySettings(inner="memory", faults=server.faults), server.memory)
+        self.backend = FaultyBackend(FaultySettings(inner="memory", faults=server.faults), [server.memory])
         self._server = server
         self._said: list[wire.FromStorage] = []
         self._opened = wire.OpenBackend(

@@ -13,7 +13,7 @@ import pytest
 from sglang_hicache import wire
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.fault_control import write_faults
-from sglang_hicache.storage.settings import Fault
+from sglang_hicache.storage.faulty_settings import Fault
 from tests.processes.synthetic_server import SyntheticServer
 
 #: Waits that a test has patience for; canaries start a process each.

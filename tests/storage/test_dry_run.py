@@ -14,6 +14,7 @@ from sglang_hicache import wire
 from sglang_hicache.observe import learn_secrets
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.backend import OpenContext, StorageBackend
+from sglang_hicache.storage.file_evictor import Evictor
 from sglang_hicache.storage.file_folder import TemporaryFolder, sweep
 from sglang_hicache.storage.settings import FileSettings
 from sglang_hicache.workers.dry_run import BATCH_PAGES, NAMESPACE, SAMPLES, DryRun
@@ -187,16 +188,19 @@ class TestTraces:
         """A dry run with a small limit would otherwise be the smallest limit of all who share the folder: it would
         take the pages of those who serve."""
         backend = open_backend("file", {"file_storage_path": str(root), "max_size": "10MiB"})
+        backend._evictor.stop_blocking()  # counts on a thread of its own, and only one may count at a time
+        evictor = Evictor(backend._share, 10 << 20)
         write(backend, 5)
         config = {"file_storage_path": str(root), "max_size": "12KiB"}
         _, settings = registry.validate_extra_config("file", msgspec.json.encode(config).decode())
         with registry.trial_blocking("file", settings, context()) as trial:
             trial.open_blocking()
             write(trial, 1, first=100)
-            backend._evictor.tick_blocking()
+            evictor.tick_blocking()
             stats = backend.stats()
             trial.close_blocking()
-        backend._evictor.tick_blocking()
+        evictor.tick_blocking()
+        evictor.stop_blocking()
         for seen in (stats, backend.stats()):
             assert (seen["used_pages"], seen["other_namespace_pages"], seen["foreign_files"]) == (5, 0, 0)
             assert seen["max_bytes"] == 10 << 20 and seen["evicted_pages"] == 0

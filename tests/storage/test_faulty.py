@@ -15,8 +15,8 @@ from sglang_hicache.errors import StorageError, UserError
 from sglang_hicache.storage.backend import PageResult
 from sglang_hicache.storage.checked import ATTEMPTS, BatchResult
 from sglang_hicache.storage.fault_control import write_faults
+from sglang_hicache.storage.faulty_settings import Fault
 from sglang_hicache.storage.page_format import HEADER_BYTES, OutgoingPage
-from sglang_hicache.storage.settings import Fault
 from tests.storage import pages
 from tests.storage.conftest import Open
 

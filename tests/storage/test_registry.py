@@ -11,11 +11,10 @@ import pytest
 from sglang_hicache.errors import UserError
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.fault_tolerance import FaultTolerance
+from sglang_hicache.storage.faulty_settings import Fault, FaultySettings
 from sglang_hicache.storage.settings import (
     COMMON_KEYS,
     EncryptionSettings,
-    Fault,
-    FaultySettings,
     FileSettings,
     MemorySettings,
     PrefetchSettings,

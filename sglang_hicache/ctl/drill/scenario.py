@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from sglang_hicache.storage.settings import Fault, FaultCall, Faults
+from sglang_hicache.storage.faulty_settings import Fault, FaultCall, Faults
 from sglang_hicache.wire import Mode
 
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]

@@ -14,7 +14,7 @@ from sglang_hicache.ctl.drill.own_server import DrillError, OwnServer
 from sglang_hicache.ctl.drill.programs import Programs
 from sglang_hicache.ctl.drill.stores import Store
 from sglang_hicache.ctl.drill.stream import StreamClient
-from sglang_hicache.storage.settings import Fault
+from sglang_hicache.storage.faulty_settings import Fault
 
 _STORAGE_TIMEOUT_S = 60.0
 _POLL_S = 0.02

@@ -32,7 +32,8 @@ from sglang_hicache.ctl.drill.scenario import (
 from sglang_hicache.errors import UserError
 from sglang_hicache.observe import REDACTED, redacted
 from sglang_hicache.storage.fault_control import read_faults, write_faults
-from sglang_hicache.storage.settings import COMMON_KEYS, Fault
+from sglang_hicache.storage.faulty_settings import Fault
+from sglang_hicache.storage.settings import COMMON_KEYS
 
 _SABOTEUR = "faulty"
 

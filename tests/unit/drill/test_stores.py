@@ -14,7 +14,7 @@ from sglang_hicache.ctl.drill.stores import Store, foreign_stores, own_stores
 from sglang_hicache.errors import UserError
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.fault_control import write_faults
-from sglang_hicache.storage.settings import Fault
+from sglang_hicache.storage.faulty_settings import Fault
 
 
 @pytest.fixture(autouse=True)
