@@ -19,6 +19,7 @@ import msgspec
 from sglang_hicache.errors import StorageError, UserError
 from sglang_hicache.storage.backend import OpenContext, StorageBackend
 from sglang_hicache.storage.faulty_settings import FaultySettings
+from sglang_hicache.storage.redis_settings import RedisSettings
 from sglang_hicache.storage.settings import (
     COMMON_KEYS,
     BackendSettings,
@@ -60,6 +61,7 @@ _SPECS = {
             trial_module="sglang_hicache.storage.file_trial",
         ),
         BackendSpec("memory", "sglang_hicache.storage.memory", "MemoryBackend", MemorySettings),
+        BackendSpec("redis", "sglang_hicache.storage.redis", "RedisBackend", RedisSettings, extra="redis"),
         BackendSpec("faulty", "sglang_hicache.storage.faulty", "FaultyBackend", FaultySettings),
     )
 }
