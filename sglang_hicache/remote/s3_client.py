@@ -63,6 +63,8 @@ class S3Endpoint:
     tls_ca_file: str = ""
     #: Is the content of what is sent part of its signature?  None: only without TLS, as with other clients.
     sign_payload: bool | None = None
+    #: May one request delete a thousand objects?  Not every server knows it.
+    bulk_delete: bool = True
     connect_timeout_s: float = 2.0
     #: Of a request from its first byte to its last.
     timeout_s: float = 10.0
@@ -224,6 +226,7 @@ def _store(endpoint: S3Endpoint, environment: Mapping[str, str] = os.environ) ->
     is_plain = server.startswith("http://")
     by_path = bool(server) if endpoint.path_style is None else endpoint.path_style
     config: dict[str, Any] = {
+        "disable_bulk_delete": not endpoint.bulk_delete,
         "region": endpoint.region or region_of(environment),
         "virtual_hosted_style_request": not by_path,
         "unsigned_payload": not (is_plain if endpoint.sign_payload is None else endpoint.sign_payload),
