@@ -101,7 +101,7 @@ class WeightsUpdate:
         self._digest = digest
         self._update: _Update | None = None
         self._effects = WeightsEffects()
-        self.model_path = model.path
+        self.model_path = model.place
         self.weights_digest = model.weights_digest
         self.weight_version = wire.FIRST_WEIGHT_VERSION
 

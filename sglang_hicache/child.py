@@ -22,6 +22,7 @@ from typing import NoReturn
 import msgspec
 
 from sglang_hicache.config import ServerConfig
+from sglang_hicache.connectors.url import secrets_of_url
 from sglang_hicache.errors import HiCacheError
 from sglang_hicache.heartbeat import Heartbeat
 from sglang_hicache.observe import report_uncaught, secrets_in, start_logging, without_secrets
@@ -78,6 +79,7 @@ def die_with_parent(parent_pid: int) -> None:
 def secrets_of(config: ServerConfig) -> list[str]:
     """Every text of the configuration that must not appear in a log."""
     keys = [key for key in (config.http.api_key, config.http.admin_api_key) if key]
+    keys += secrets_of_url(config.model.weights_url)
     return keys + secrets_in(json.loads(config.storage.extra_config_json))
 
 

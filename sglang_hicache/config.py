@@ -21,8 +21,12 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class ModelConfig(_Record, kw_only=True):
     """Which model a rank runs, and how its arithmetic is done."""
 
-    #: Directory that holds config.json, the tokenizer and the safetensors files.
+    #: Directory that holds config.json, the tokenizer and, unless there is a weights_url, the safetensors files.
     path: str
+    #: Store that the weights are streamed from, as a URL with its credentials; "": they are files in `path`.
+    weights_url: str = ""
+    #: The same for operators, without credentials.
+    public_url: str = ""
     #: Directory that holds tokenizer.json; normally the model's.
     tokenizer_path: str
     #: Name that clients see in /v1/models.
@@ -43,6 +47,16 @@ class ModelConfig(_Record, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
     #: Token ids are 0 .. vocab_size - 1.
     vocab_size: int = 0
+
+    @property
+    def place(self) -> str:
+        """Where an operator finds the model: a folder of this run would say nothing."""
+        return self.public_url or self.path
+
+    @property
+    def tokenizer_place(self) -> str:
+        """The same for the tokenizer."""
+        return self.place if self.tokenizer_path == self.path else self.tokenizer_path
 
 
 class PoolConfig(_Record, kw_only=True):
@@ -88,6 +102,8 @@ class StorageConfig(_Record, kw_only=True):
     config_dir: str = ""
     #: Environment variables that an extra config may name as `${env.NAME}`.
     config_env: tuple[str, ...] = ()
+    #: Plug-ins that may be loaded, each as "module:Class": those of the command line.
+    plug_ins: tuple[str, ...] = ()
     #: Seconds for an attach: spawn, open and self-test on every rank.
     attach_timeout_s: float = 30.0
     #: Seconds a drain may take before the storage processes are killed.

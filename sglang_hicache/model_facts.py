@@ -45,6 +45,8 @@ def model_directory(path_or_id: str, flag: str) -> str:
     """The directory itself, or the snapshot of a hub id (fetched if need be)."""
     if Path(path_or_id).is_dir():
         return str(Path(path_or_id).resolve())
+    if "://" in path_or_id:
+        raise UserError(f"{flag} takes no URL, only a directory or a hub id; --model-path of a server takes one")
     if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/", "~")):
         raise UserError(f"{flag} {path_or_id!r} is neither a directory nor a hub id like 'owner/name'")
     from huggingface_hub import snapshot_download  # lazy door: a local model needs no hub client
@@ -59,13 +61,13 @@ def model_directory(path_or_id: str, flag: str) -> str:
         ) from error
 
 
-def read_model_facts(directory: str) -> ModelFacts:
-    """Facts of the model in `directory`."""
+def read_model_facts(directory: str, weights_bytes: int = 0) -> ModelFacts:
+    """Facts of the model in `directory`; `weights_bytes`: of weights that are somewhere else."""
     path = Path(directory, "config.json")
     config = read_object(path)
     generation_path = Path(directory, "generation_config.json")
     generation = read_object(generation_path) if generation_path.exists() else {}
-    weights_bytes = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+    weights_bytes = weights_bytes or sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
     if not weights_bytes:
         raise UserError(f"{directory} holds no *.safetensors file; other weight formats are not supported")
     heads = _whole(path, config, "num_attention_heads")

@@ -52,8 +52,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
-    add("--model-path", "--model", default=BUILTIN_MODEL_PATH, metavar="DIR|HUB_ID",
-        help="Hugging Face directory, or hub id; default: the small model that comes with this package")  # fmt: skip
+    add("--model-path", "--model", default=BUILTIN_MODEL_PATH, metavar="DIR|HUB_ID|URL",
+        help="Hugging Face directory, hub id, or file://, redis:// or s3:// URL of a saved model, which may have "
+        "${env.NAME} for a password; default: the small model that comes with this package")  # fmt: skip
     add("--tokenizer-path", metavar="DIR|HUB_ID", help="where tokenizer.json is; default: the model's directory")
     add("--served-model-name", metavar="NAME", help="name in /v1/models; default: the model's directory name")
     add("--dtype", default="auto", choices=("auto", "float32", "float", "bfloat16", "float16", "half"),
@@ -145,6 +146,9 @@ def _storage(parser: argparse.ArgumentParser) -> None:
         help="over HTTP, @file is read only below this folder; default: not at all")  # fmt: skip
     add("--hicache-config-env", default="", metavar="NAME,NAME",
         help="variables that an extra config may use as ${env.NAME} (default: none)")  # fmt: skip
+    add("--hicache-allow-dynamic-backend", action="append", default=[], metavar="MODULE:CLASS",
+        help="a plug-in that may be attached over HTTP, or a name that SGLang has for one; may be given repeatedly "
+        "(default: only what is attached at start)")  # fmt: skip
     add("--hicache-storage-optional", action="store_true",
         help="serve without the storage of the start if it does not open, and go on trying")  # fmt: skip
     add("--hicache-state-file", default="", metavar="FILE",

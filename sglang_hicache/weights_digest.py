@@ -14,14 +14,15 @@ import hashlib
 import os
 import stat
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
 from sglang_hicache.errors import UserError
 
-_INDEX_NAME = "model.safetensors.index.json"
-_SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
 _READ_BYTES = 8 << 20
 
 #: An index of the largest checkpoints has a few MiB.
@@ -59,27 +60,36 @@ def default_cache_file() -> str:
 def weight_files(path: str) -> list[Path]:
     """The safetensors files of a model directory, in name order; other files there are not weights."""
     folder = Path(path)
-    index = folder / _INDEX_NAME
+    index = folder / INDEX_NAME
     if index.exists():
         try:
-            names = sorted(set(msgspec.json.decode(_read_index(index), type=_Index).weight_map.values()))
-        except (msgspec.MsgspecError, OSError, RecursionError) as error:
+            data = _read_index(index)
+        except OSError as error:
             raise UserError(f"{index} cannot be read as a weights index: {error}") from error
-        for name in names:
-            # An index may come from the hub: it must not have other files of this machine looked for, or read.
-            if "/" in name or name in ("", ".", "..") or "\0" in name:
-                raise UserError(f"{index} names a file outside its folder: {name!r:.80}")
-        files = [folder / name for name in names]
-    elif (folder / _SINGLE_NAME).is_file():
-        files = [folder / _SINGLE_NAME]
+        files = [folder / name for name in names_in_index(data, str(index))]
+    elif (folder / SINGLE_NAME).is_file():
+        files = [folder / SINGLE_NAME]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{path} holds no safetensors weights; expected {_SINGLE_NAME} or {_INDEX_NAME}")
+        raise UserError(f"{path} holds no safetensors weights; expected {SINGLE_NAME} or {INDEX_NAME}")
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file} is missing: {_INDEX_NAME} names it; download the model again")
+            raise UserError(f"{file} is missing: {INDEX_NAME} names it; download the model again")
     return files
+
+
+def names_in_index(data: bytes, where: str) -> list[str]:
+    """The weight files that an index names, in name order; `where`: what to call it in a message."""
+    try:
+        names = sorted(set(msgspec.json.decode(data, type=_Index).weight_map.values()))
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise UserError(f"{where} cannot be read as a weights index: {error}") from error
+    for name in names:
+        # An index may come from the hub: it must not have other files of this machine looked for, or read.
+        if "/" in name or name in ("", ".", "..") or "\0" in name:
+            raise UserError(f"{where} names a file outside its folder: {name!r:.80}")
+    return names
 
 
 def _read_index(index: Path) -> bytes:
@@ -96,17 +106,25 @@ def weights_digest(path: str, cache_file: str) -> str:
     """SHA-256 over the names and contents of the weight files, 64 hex digits."""
     cache = _read_cache(cache_file)
     fresh: dict[str, _CachedDigest] = {}
-    whole = hashlib.sha256()
+    digests: list[tuple[str, str]] = []
     for file in weight_files(path):
         name = str(file.resolve())
         known = cache.get(name)
         status = file.stat()
         if known is None or known != _CachedDigest.of(status, known.digest):
             known = fresh[name] = _CachedDigest.of(status, _hash_file(file))
-        # The name says which shard it is; both parts have a fixed end, so no two lists of files run together.
-        whole.update(file.name.encode() + b"\0" + bytes.fromhex(known.digest))
+        digests.append((file.name, known.digest))
     if fresh:
         _write_cache(cache_file, cache | fresh)
+    return digest_of_files(digests)
+
+
+def digest_of_files(files: Iterable[tuple[str, str]]) -> str:
+    """One digest from the names and digests of all weight files, in name order, wherever they are."""
+    whole = hashlib.sha256()
+    for name, digest in files:
+        # The name says which shard it is; both parts have a fixed end, so no two lists of files run together.
+        whole.update(name.encode() + b"\0" + bytes.fromhex(digest))
     return whole.hexdigest()
 
 

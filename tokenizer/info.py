@@ -34,7 +34,7 @@ class InfoRoutes:
         self._storage = storage
         self._started_s = time.time()
         #: Path and version of the weights as the ranks last told, for when they are too busy to answer.
-        self._weights = services.config.model.path, FIRST_WEIGHT_VERSION
+        self._weights = services.config.model.place, FIRST_WEIGHT_VERSION
 
     async def server_info(self, request: Request) -> Response:
         """GET /server_info, and /get_server_info for older clients."""
@@ -77,7 +77,7 @@ class InfoRoutes:
             {
                 "model_path": model_path,
                 "served_model_name": model.served_name,
-                "tokenizer_path": model.tokenizer_path,
+                "tokenizer_path": model.tokenizer_place,
                 "is_generation": True,
                 "preferred_sampling_params": None,
                 "weight_version": weight_version,
@@ -96,8 +96,8 @@ class InfoRoutes:
 def server_args(config: ServerConfig) -> dict[str, Any]:
     """The resolved configuration under the names of the command line, without secrets."""
     return {
-        "model_path": config.model.path,
-        "tokenizer_path": config.model.tokenizer_path,
+        "model_path": config.model.place,
+        "tokenizer_path": config.model.tokenizer_place,
         "served_model_name": config.model.served_name,
         "dtype": config.model.dtype,
         "device": config.model.device,

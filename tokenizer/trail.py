@@ -53,7 +53,7 @@ class Trail:
         self._keys = [key.encode() for key in (config.http.admin_api_key, config.http.api_key) if key]
         #: What changes change.
         self._attached: dict[str, str] | None = None
-        self._weights = {"model_path": config.model.path, "weights_digest": config.model.weights_digest}
+        self._weights = {"model_path": config.model.place, "weights_digest": config.model.weights_digest}
         #: Attempts of strangers: when the latest that were written down came, and how many were not.
         self._refusals_s: list[float] = []
         self._not_written = 0

@@ -77,8 +77,10 @@ class ModelWorker:
             dtype=TORCH_DTYPES[self._config.dtype],
             device=self._device,
             group=self._group,
+            weights_url=self._config.weights_url,
         )
-        if self._config.weights_digest:
+        # What comes from a store is checked chunk by chunk, against what the digest was made of.
+        if self._config.weights_digest and not self._config.weights_url:
             _check_unchanged_blocking(self._config.path, self._config.weights_digest)
         self._layout = _layout(config, self._config.dtype, page_size, self._group)
         if self._numerics is Numerics.EXACT:

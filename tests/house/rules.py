@@ -206,6 +206,15 @@ def collective(file: SourceFile) -> Iterator[Violation]:
                 yield violation(file, node, f"calls {name}")
 
 
+def flag_comparison(file: SourceFile) -> Iterator[Violation]:
+    """A connector has several kinds at once: one that can more than was asked for is not equal to it.  Ask with `&`."""
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.Compare):
+            for side in [node.left, *node.comparators]:
+                if any(dotted(part).split(".")[-2:-1] == ["ConnectorType"] for part in ast.walk(side)):
+                    yield violation(file, node, "compares a ConnectorType")
+
+
 #: Files whose state every rank must reach alike, in whatever interpreter it runs.
 DETERMINISTIC = ("scheduler/", "sglang_hicache/cache/", "sglang_hicache/storage/attachment", "snippet")
 

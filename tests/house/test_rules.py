@@ -124,6 +124,18 @@ RULES = {
         ),
         ("import torch", "desk.broadcast(x)"),
     ),
+    "flag-comparison": Rule(
+        rules.flag_comparison,
+        source.ALL_FOLDERS,
+        (
+            "if x.type == ConnectorType.KV: f()",
+            "x.type != base.ConnectorType.FS",
+            "x.type is ConnectorType.WEIGHT",
+            "x.type in (ConnectorType.KV, ConnectorType.FS)",
+            "x.type == ConnectorType.KV | ConnectorType.FS",
+        ),
+        ("if x.type & ConnectorType.KV: f()", "type = ConnectorType.KV | ConnectorType.WEIGHT"),
+    ),
     "order": Rule(
         rules.unordered,
         source.PRODUCT_FOLDERS,

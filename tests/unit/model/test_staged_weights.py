@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from sglang_hicache.errors import IntegrityError, UserError
 from sglang_hicache.weights_digest import weights_digest
-from sglang_hicache.workers import weights
+from sglang_hicache.workers import checkpoint
 from sglang_hicache.workers.model_worker import ModelWorker
 from sglang_hicache.workers.staging import StagedWeights
 from tests.unit.model.support import config_of, generate, greedy_batch, model_config, open_worker, prompts, save_model
@@ -119,7 +119,7 @@ def test_a_tensor_of_another_shape_is_refused_before_it_is_read(
         def __getitem__(self, part: object) -> None:
             raise MemoryError("it was read")
 
-    monkeypatch.setattr(weights, "safe_open", lambda *args, **options: Claims())
+    monkeypatch.setattr(checkpoint, "safe_open", lambda *args, **options: Claims())
     assert "of shape [1099511627776, 64] does not fit" in stage(llama_worker, tmp_path / "new", digest="0" * 64)
 
 

@@ -1,0 +1,97 @@
+"""Models in a folder: `file:///absolute/path`."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from sglang_hicache.connectors.base import BaseFileSystemConnector, ConnectorType, Entry
+from sglang_hicache.connectors.manifest import check_name
+from sglang_hicache.connectors.url import StoreUrl, check_options
+from sglang_hicache.errors import StorageError, UserError
+from sglang_hicache.private_file import sync_folder_blocking
+
+#: How the name of a file begins that is not whole yet.
+_PARTIAL = ".partial-"
+
+
+class FileConnector(BaseFileSystemConnector):
+    """A folder and everything below it."""
+
+    type = ConnectorType.FS | ConnectorType.WEIGHT
+
+    def __init__(self, url: StoreUrl) -> None:
+        super().__init__(url)
+        check_options(url)
+        if url.netloc not in ("", "localhost") or not url.path:
+            raise UserError(
+                f"{url.public}: a file URL has an absolute path behind three slashes, as in file:///models/m"
+            )
+        self.root = Path("/", url.path)
+
+    def read_blocking(self, key: str, start: int = 0, size_bytes: int | None = None) -> bytes:
+        try:
+            with open(self._path(key), "rb") as stream:
+                stream.seek(start)
+                return stream.read(-1 if size_bytes is None else size_bytes)
+        except (FileNotFoundError, NotADirectoryError):
+            raise self.missing(key) from None
+        except OSError as error:
+            raise self._failed("read", key, error) from error
+
+    def write_blocking(self, key: str, data: bytes) -> None:
+        path = self._path(key)
+        temporary = path.with_name(f"{_PARTIAL}{secrets.token_hex(8)}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(temporary, "xb") as stream:
+                    stream.write(data)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            sync_folder_blocking(path.parent)
+        except OSError as error:
+            raise self._failed("write", key, error) from error
+
+    def entries_blocking(self, prefix: str = "") -> Iterator[Entry]:
+        folder = self._path(prefix.rpartition("/")[0]) if "/" in prefix else self.root
+        for where, folders, names in os.walk(folder):
+            folders.sort()
+            for name in sorted(names):
+                path = Path(where, name)
+                key = str(path.relative_to(self.root))
+                if key.startswith(prefix) and not name.startswith(_PARTIAL) and path.is_file():
+                    yield Entry(key, path.stat().st_size)
+
+    def sizes_blocking(self, keys: Sequence[str]) -> list[int | None]:
+        sizes: list[int | None] = []
+        for key in keys:
+            path = self._path(key)
+            sizes.append(path.stat().st_size if path.is_file() else None)
+        return sizes
+
+    def delete_blocking(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            path = self._path(key)
+            try:
+                path.unlink(missing_ok=True)
+                for folder in path.parents:
+                    if folder == self.root or any(folder.iterdir()):
+                        break
+                    folder.rmdir()
+            except OSError as error:
+                raise self._failed("delete", key, error) from error
+
+    def _path(self, key: str) -> Path:
+        check_name(key)
+        return self.root / key
+
+    def _failed(self, what: str, key: str, error: OSError) -> StorageError:
+        reason = "no_space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "io"
+        return StorageError(f"{self.url}: cannot {what} the key {key!r}: {error.strerror or error}", reason)
