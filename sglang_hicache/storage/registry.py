@@ -20,6 +20,7 @@ from sglang_hicache.errors import StorageError, UserError
 from sglang_hicache.storage.backend import OpenContext, StorageBackend
 from sglang_hicache.storage.faulty_settings import FaultySettings
 from sglang_hicache.storage.redis_settings import RedisSettings
+from sglang_hicache.storage.s3_settings import S3Settings
 from sglang_hicache.storage.settings import (
     COMMON_KEYS,
     BackendSettings,
@@ -62,6 +63,7 @@ _SPECS = {
         ),
         BackendSpec("memory", "sglang_hicache.storage.memory", "MemoryBackend", MemorySettings),
         BackendSpec("redis", "sglang_hicache.storage.redis", "RedisBackend", RedisSettings, extra="redis"),
+        BackendSpec("s3", "sglang_hicache.storage.s3", "S3Backend", S3Settings, extra="s3"),
         BackendSpec("faulty", "sglang_hicache.storage.faulty", "FaultyBackend", FaultySettings),
     )
 }
