@@ -54,8 +54,16 @@ _BY_WORD = {
     "DENIED": ("refused", "no_permission"),
 }
 
+#: What a server says that is another kind of server, or has fewer databases, than the settings say.
+_WRONG_KIND = ("DB index is out of range", "unknown command", "Cluster mode is not enabled", "cluster support disabled")
+
 _GOOD_FOR_LOG = 300
 _WORD = re.compile(r"[A-Z]+\b")
+
+#: A server repeats a command that it does not know, and that may be one with a password; the library shows its clients,
+#: and with them what they were made with, where no sentinel knows the master.
+_REPEATED = re.compile(r",? with args beginning with.*", re.DOTALL)
+_SENTINEL_SAID = re.compile(r" - (?:\w+:)?(\w+Error)\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,18 +138,36 @@ def connection_options(tls: Tls | None, connect_timeout_s: float, timeout_s: flo
 def storage_error(error: BaseException, place: str) -> StorageError:
     """What an error of the library is to an operator and to the op that met it; `place`: without secrets."""
     reason, code = _judge(error)
-    said = " ".join(f"{type(error).__name__}: {error}".split())[:_GOOD_FOR_LOG]
+    said = " ".join(f"{type(error).__name__}: {_text(error)}".split())[:_GOOD_FOR_LOG]
     return StorageError(f"redis at {place}: {said}", reason, code)
+
+
+def _text(error: BaseException) -> str:
+    """What the error says, without what it repeats."""
+    if isinstance(error, MasterNotFoundError):
+        return "; ".join([str(error).partition(" : ")[0], *_SENTINEL_SAID.findall(str(error))])
+    return _REPEATED.sub("", str(error))
+
+
+def _judge_sentinels(error: MasterNotFoundError) -> tuple[str, str]:
+    """None of them could or would name the master."""
+    kinds = _SENTINEL_SAID.findall(str(error))
+    if "AuthenticationError" in kinds:
+        return "refused", "wrong_password"
+    if "TimeoutError" in kinds:
+        return "io", "timeout"
+    return "io", "refused" if kinds else "not_found"
 
 
 def _judge(error: BaseException) -> tuple[str, str]:
     """Reason and code."""
+    if isinstance(error, MasterNotFoundError):
+        return _judge_sentinels(error)
     by_class: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], tuple[str, str]], ...] = (
         ((AuthenticationError, AuthenticationWrongNumberOfArgsError), ("refused", "wrong_password")),
         ((NoPermissionError, AuthorizationError), ("refused", "no_permission")),
         (OutOfMemoryError, ("no_space", "no_space")),
         (ReadOnlyError, ("io", "read_only")),
-        (MasterNotFoundError, ("io", "refused")),
         (InvalidResponse, ("refused", "refused")),
         ((BusyLoadingError, TryAgainError, ClusterDownError, AskError, MaxConnectionsError), ("io", "")),
     )
@@ -178,10 +204,8 @@ def _judge_connection(error: BaseException) -> tuple[str, str]:
             return "io", "refused"
     if isinstance(error, redis.ConnectionError):
         return "io", "" if isinstance(error.__cause__ or error.__context__, OSError) else "refused"
-    if isinstance(error, ResponseError) and "DB index is out of range" in str(error):
+    if any(words in str(link) for link in chain for words in _WRONG_KIND):
         return "refused", "bad_config"
-    if isinstance(error, ResponseError) and "unknown command" in str(error):
-        return "refused", ""
     return "io", ""
 
 

@@ -6,14 +6,19 @@ nothing is taken for granted then.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import redis
+from redis.exceptions import NoPermissionError
 
 from sglang_hicache.storage.capacity import size_text
 
 UNKNOWN = "unknown"
+
+#: Of a server whose administrator has taken the command away.
+_UNKNOWN_INFO = re.compile("unknown command .info", re.IGNORECASE)
 
 _LRU = "set maxmemory-policy allkeys-lru there, unless something else on it must never go"
 
@@ -33,8 +38,10 @@ def facts_blocking(client: redis.Redis) -> ServerFacts:
     """Ask one server.  Errors of the connection come out; a server that refuses to tell is no error."""
     try:
         told = client.info()
-    except redis.ResponseError:
-        return ServerFacts()
+    except redis.ResponseError as error:
+        if isinstance(error, NoPermissionError) or _UNKNOWN_INFO.search(str(error)):
+            return ServerFacts()
+        raise
     name = "valkey" if "valkey_version" in told else "redis"
     version = told.get("valkey_version") or told.get("redis_version") or UNKNOWN
     return ServerFacts(

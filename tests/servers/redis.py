@@ -145,10 +145,11 @@ class Watched:
 
     SERVICE = "pages"
 
-    def __init__(self, master: RedisServer, replica: RedisServer, sentinel_port: int) -> None:
+    def __init__(self, master: RedisServer, replica: RedisServer, sentinel_port: int, password: str) -> None:
         self.master = master
         self.replica = replica
         self.sentinel_port = sentinel_port
+        self._password = password
 
     @property
     def url(self) -> str:
@@ -161,7 +162,7 @@ class Watched:
         _wait(lambda: self._master_port() == self.replica.port, "the sentinel names the old master")
 
     def _master_port(self) -> int:
-        with client(self.sentinel_port) as asked:
+        with client(self.sentinel_port, password=self._password) as asked:
             return int(asked.sentinel_masters()[self.SERVICE]["port"])
 
 
@@ -191,7 +192,7 @@ def redis_with_sentinel(folder: Path, sentinel_password: str = "") -> Iterator[W
 
         command = [needs_redis("redis-sentinel"), str(home / "sentinel.conf")]
         stack.enter_context(Program(command, home, knows_both))
-        yield Watched(master, replica, port)
+        yield Watched(master, replica, port, sentinel_password)
 
 
 class Certificates:

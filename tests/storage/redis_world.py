@@ -1,0 +1,57 @@
+"""Chains of pages in a Redis store, and what its servers say of them: for the tests of this folder."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from sglang_hicache.storage.backend import StorageBackend
+from sglang_hicache.storage.checked import BatchResult
+from sglang_hicache.storage.object_name import DEFAULT_PREFIX, object_name
+from tests.servers.redis import RedisServer
+from tests.storage import pages
+
+
+def write(backend: StorageBackend, count: int, *, first: int = 1, size: int = pages.PAGE_BYTES) -> BatchResult:
+    """A chain of pages."""
+    contents = [pages.content(first + index, size) for index in range(count)]
+    return pages.store(backend, size=size).write_blocking(pages.keys(count, first), contents, b"", 0)
+
+
+def read(backend: StorageBackend, count: int, *, first: int = 1, size: int = pages.PAGE_BYTES) -> BatchResult:
+    """The same chain; whatever counts as read has the right bytes."""
+    targets = pages.empty(count, size)
+    result = pages.store(backend, size=size).read_blocking(pages.keys(count, first), targets)
+    for index in range(result.pages):
+        assert targets[index] == pages.content(first + index, size), index
+    return result
+
+
+def look_up(backend: StorageBackend, count: int, *, first: int = 1) -> int:
+    """How many of the chain are there."""
+    return pages.store(backend).lookup_blocking(pages.keys(count, first))
+
+
+def name(number: int, prefix: str = DEFAULT_PREFIX) -> str:
+    """What a page is called on the server."""
+    return object_name(prefix, pages.layout().name(pages.key(number)))
+
+
+def names_on(server: RedisServer, db: int = 0) -> set[str]:
+    """Everything that the server has."""
+    return {found.decode() for found in server.run("KEYS", "*", db=db)}
+
+
+def in_thread(call: Callable[[], object]) -> tuple[threading.Thread, list[object]]:
+    """A call that is under way, and where its result, or the error that it ended with, will be."""
+    ended: list[object] = []
+
+    def run() -> None:
+        try:
+            ended.append(call())
+        except Exception as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, ended
