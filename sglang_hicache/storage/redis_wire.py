@@ -41,14 +41,15 @@ def packed(*words: bytes) -> bytes:
 def line_of(pool: redis.ConnectionPool) -> Iterator[Line]:
     """A connection of this pool; it goes back there, and if anything goes wrong, closed."""
     connection = pool.get_connection()
+    is_clean = False
     try:
         line = Line(connection._sock)
         yield line
         line.expect_silence()
-    except BaseException:
-        connection.disconnect()
-        raise
+        is_clean = True
     finally:
+        if not is_clean:
+            connection.disconnect()
         pool.release(connection)
 
 

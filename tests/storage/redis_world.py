@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from sglang_hicache.errors import StorageError
 from sglang_hicache.storage.backend import StorageBackend
 from sglang_hicache.storage.checked import BatchResult
 from sglang_hicache.storage.object_name import DEFAULT_PREFIX, object_name
@@ -43,13 +44,13 @@ def names_on(server: RedisServer, db: int = 0) -> set[str]:
 
 
 def in_thread(call: Callable[[], object]) -> tuple[threading.Thread, list[object]]:
-    """A call that is under way, and where its result, or the error that it ended with, will be."""
+    """A call that is under way, and where its result, or the fault that it ended with, will be."""
     ended: list[object] = []
 
     def run() -> None:
         try:
             ended.append(call())
-        except Exception as error:
+        except StorageError as error:
             ended.append(error)
 
     thread = threading.Thread(target=run)
