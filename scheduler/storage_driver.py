@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 
 from sglang_hicache import wire
 from sglang_hicache.errors import STOP_CODES, ProtocolError, UserError
-from sglang_hicache.observe import LEVELS, Counters
+from sglang_hicache.observe import Counters, is_level
 from sglang_hicache.sockets import Poller, Pull
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.attachment_events import Kill, Spawn, Stop
@@ -102,7 +102,7 @@ class _Process:
 
     def counted(self) -> dict[str, int]:
         """Its stats without those that may fall."""
-        return {name: n for name, n in self.stats.items() if name not in LEVELS}
+        return {name: n for name, n in self.stats.items() if not is_level(name)}
 
 
 class StorageDriver:

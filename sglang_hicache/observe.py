@@ -251,8 +251,17 @@ def start_logging(speaker: str, config: LogConfig, secrets: Iterable[str] = ()) 
 
 #: Names among a backend's stats that say how much there is now, and may fall; all others only grow.
 LEVELS = frozenset({
-    "foreign_files", "free_bytes", "max_bytes", "other_namespace_pages", "used_bytes", "used_pages",
+    "away", "away_stores", "foreign_files", "free_bytes", "hidden_pages", "max_bytes", "other_namespace_pages", "used_bytes",
+    "used_pages",
 })  # fmt: skip
+
+#: What stands before the names of one store inside another.
+_INSIDE = re.compile(r"(tier|copy)[0-9]+_")
+
+
+def is_level(name: str) -> bool:
+    """Is it one of them, also of a store inside another?"""
+    return _INSIDE.sub("", name, count=1) in LEVELS
 
 
 class Counters:

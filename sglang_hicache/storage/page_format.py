@@ -255,7 +255,7 @@ class OutgoingPage(_Page):
 class IncomingPage(_Page):
     """Where a backend puts a page that it reads, and the judgement of what arrived."""
 
-    __slots__ = ("depth", "header", "parent")
+    __slots__ = ("_stored", "depth", "header", "parent")
 
     def __init__(self, layout: PageLayout, key: bytes, payload: memoryview) -> None:
         super().__init__(layout, key, payload)
@@ -264,6 +264,12 @@ class IncomingPage(_Page):
         #: Key of the parent and pages before this one, as a good header says.
         self.parent = ROOT_PARENT
         self.depth = 0
+        #: What `judge_stored` has found.
+        self._stored: Verdict | None = None
+
+    def restart(self) -> None:
+        super().restart()
+        self._stored = None
 
     def arrived(self, end: int) -> None:
         """A hint: payload[:end] is in place.  Hashing it now is cheaper than later; calling this is optional."""
@@ -272,9 +278,26 @@ class IncomingPage(_Page):
     def judge(self, cipher: Cipher | None = None) -> Verdict:
         """Is this the page that was asked for, whole?  Call it once, when header and payload are in place: then the
         payload of a good page is decrypted."""
+        verdict = self._stored or self.judge_stored()
+        if verdict is not Verdict.GOOD:
+            return verdict
+        *_, key_id, _, _, _, nonce, tag, _ = _HEADER.unpack(self.header)
+        if key_id != (cipher.key_id if cipher else 0):
+            return Verdict.OTHER_KEY
+        if cipher and not cipher.decrypt(self.payload, bytes(self.header[:_BOUND_BYTES]), nonce, tag):
+            return Verdict.FORGED
+        return Verdict.GOOD
+
+    def judge_stored(self) -> Verdict:
+        """The same without the encryption key: is it whole as it is stored, and under its own name?  May come before
+        `judge`, which then hashes no byte a second time; who has filled the page anew since calls `restart`."""
+        self._stored = self._judge_stored()
+        return self._stored
+
+    def _judge_stored(self) -> Verdict:
         (
             magic, version, part_count, header_bytes, namespace, key, self.parent, self.depth, head_start, head_end,
-            key_id, payload_bytes, part_table, _, nonce, tag, checksum,
+            _, payload_bytes, part_table, _, _, _, checksum,
         ) = _HEADER.unpack(self.header)  # fmt: skip
         layout, name = self._layout, self.name
         if magic != MAGIC or version != FORMAT_VERSION or header_bytes != HEADER_BYTES:
@@ -289,11 +312,6 @@ class IncomingPage(_Page):
         if part_count != layout.part_count or payload_bytes != layout.payload_bytes or part_table != layout.part_table:
             return Verdict.FOREIGN
         self._hash_up_to(payload_bytes)
-        self._hash.update(self.header[:_CHECKED_BYTES])
-        if self._hash.digest() != checksum:
-            return Verdict.CHECKSUM
-        if key_id != (cipher.key_id if cipher else 0):
-            return Verdict.OTHER_KEY
-        if cipher and not cipher.decrypt(self.payload, bytes(self.header[:_BOUND_BYTES]), nonce, tag):
-            return Verdict.FORGED
-        return Verdict.GOOD
+        hashed = self._hash.copy()
+        hashed.update(self.header[:_CHECKED_BYTES])
+        return Verdict.GOOD if hashed.digest() == checksum else Verdict.CHECKSUM

@@ -12,6 +12,7 @@ from sglang_hicache.storage import registry
 from sglang_hicache.storage.backend import StorageBackend
 from sglang_hicache.storage.faulty import Gate
 from tests.storage import pages
+from tests.storage.composite_world import Composite
 from tests.storage.store_folder import write
 from tests.storage.store_world import House
 
@@ -83,3 +84,18 @@ def elsewhere(tmp_path: Path, open_backend: Open) -> Path:
     other = tmp_path / "elsewhere"
     write(open_backend("file", {"file_storage_path": str(other)}), 3)
     return other
+
+
+@pytest.fixture
+def composite() -> Iterator[Callable[..., Composite]]:
+    """Opens stores of stores and closes them after the test."""
+    made: list[Composite] = []
+
+    def open_one(name: str, **config: Any) -> Composite:
+        made.append(Composite(name, **config))
+        made[-1].backend.open_blocking()
+        return made[-1]
+
+    yield open_one
+    for one in made:
+        one.backend.close_blocking()

@@ -46,9 +46,14 @@ def layout(namespace: str = NAMESPACE, heads: tuple[int, int] = (0, 2), size: in
     return PageLayout(namespace, *heads, (Part("kv", size),))
 
 
+def text(config: dict[str, Any]) -> str:
+    """An extra config as it travels."""
+    return msgspec.json.encode(config).decode()
+
+
 def backend(name: str, config: dict[str, Any], rank: int = 0) -> StorageBackend:
     """A backend by the registry, not open."""
-    _, settings = registry.validate_extra_config(name, msgspec.json.encode(config).decode())
+    _, settings = registry.validate_extra_config(name, text(config))
     return registry.create(name, settings, OpenContext(rank=rank, namespace=NAMESPACE, page_bytes=PAGE_BYTES))
 
 
