@@ -28,7 +28,7 @@ from sglang_hicache.ctl.drill.scenario import (
     WaitStep,
     tag,
 )
-from sglang_hicache.ctl.drill.stores import with_standbys
+from sglang_hicache.ctl.drill.stores import filled_config, with_standbys
 from sglang_hicache.errors import UserError
 from sglang_hicache.storage import registry
 
@@ -131,6 +131,8 @@ def _config_problems(name: str, scenario: Scenario) -> Iterator[str]:
     if store.standby:
         others = [scenario.stores[other] for other in store.standby]
         config = with_standbys(config, [(other.backend, other.extra_config) for other in others])
+    # Where a form matters, as that of an address does, it is that of what will stand there.
+    config = filled_config(config, {"folder": "/drill"} | {f"{program}.port": "1" for program in scenario.programs})
     try:
         registry.validate_extra_config(store.backend, msgspec.json.encode(config).decode())
     except UserError as error:

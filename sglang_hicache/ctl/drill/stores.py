@@ -74,7 +74,7 @@ def own_stores(tables: Mapping[str, StoreTable], folder: Path, names: Mapping[st
     made: dict[str, Store] = {}
     # Standbys first: their configs are part of the others'.
     for name, table in sorted(tables.items(), key=lambda item: bool(item[1].standby)):
-        config = _filled(table.extra_config, names)
+        config = filled_config(table.extra_config, names)
         if table.backend == "file":
             config.setdefault("file_storage_path", str(folder / f"pages-{name}"))
         backend, control = table.backend, None
@@ -176,12 +176,12 @@ def with_standbys(config: Mapping[str, Any], standbys: Sequence[tuple[str, Mappi
     return {**config, "fault_tolerance": {**config.get("fault_tolerance", {}), "standby": entries}}
 
 
-def _filled(value: Any, names: Mapping[str, str]) -> Any:
+def filled_config(value: Any, names: Mapping[str, str]) -> Any:
     """A copy with "{folder}" and the like replaced in every text."""
     if isinstance(value, dict):
-        return {key: _filled(item, names) for key, item in value.items()}
+        return {key: filled_config(item, names) for key, item in value.items()}
     if isinstance(value, list):
-        return [_filled(item, names) for item in value]
+        return [filled_config(item, names) for item in value]
     return filled(value, names) if isinstance(value, str) else value
 
 

@@ -65,7 +65,7 @@ WRONG = [
     (BASE + '[[timeline]]\ndo = "detach"\nmode = "now"\n', "Invalid enum value 'now'"),
     (BASE + 'extra_config = { max_sise = "1GB" }\n' + WAIT, "stores.main: unknown extra config 'max_sise'"),
     (BASE + 'standby = ["main"]\n' + WAIT, "standby 'main' is not a store of its own"),
-    (BASE.replace("file", "redis") + WAIT, "stores.main: unknown storage backend 'redis'"),
+    (BASE.replace("file", "redsi") + WAIT, "stores.main: unknown storage backend 'redsi'"),
     (BASE + WAIT + "short = 3\n", "`short` is not a table"),
     ("short = 3\n" + BASE + WAIT, "`short` is not a table"),
     (
@@ -85,7 +85,7 @@ def test_a_mistake_is_named(text: str, words: str) -> None:
 def test_what_is_wrong_on_purpose_or_not_there_is_not_checked() -> None:
     parse(BASE + 'extra_config = { max_sise = "1GB" }\nbroken = true\n' + WAIT)
     parse(
-        BASE.replace('"file"', '"redis"') + 'extra_config = { url = "x" }\n' + WAIT + '[needs]\nbackends = ["redis"]\n'
+        BASE.replace('"file"', '"tape"') + 'extra_config = { url = "x" }\n' + WAIT + '[needs]\nbackends = ["tape"]\n'
     )
 
 
@@ -95,3 +95,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text(BASE)
     with pytest.raises(UserError, match="bad.toml: .*timeline"):
         read(tmp_path / "bad.toml", is_short=False)
+
+
+def test_a_config_is_judged_with_what_will_stand_in_it() -> None:
+    """An address with a port that nobody knows yet has the form of an address."""
+    text = BASE.replace('"file"', '"redis"') + 'extra_config = { url = "redis://127.0.0.1:{cache.port}/0" }\n' + WAIT
+    parse(text + '[programs.cache]\ncommand = ["redis-server"]\n')
+    with pytest.raises(UserError, match="no valid host and port"):
+        parse(text + '[programs.other]\ncommand = ["redis-server"]\n')
