@@ -251,8 +251,8 @@ def start_logging(speaker: str, config: LogConfig, secrets: Iterable[str] = ()) 
 
 #: Names among a backend's stats that say how much there is now, and may fall; all others only grow.
 LEVELS = frozenset({
-    "away", "away_stores", "foreign_files", "free_bytes", "hidden_pages", "max_bytes", "other_namespace_pages", "used_bytes",
-    "used_pages",
+    "away", "away_stores", "foreign_files", "free_bytes",
+    "hidden_pages", "max_bytes", "other_namespace_pages", "used_bytes", "used_pages",
 })  # fmt: skip
 
 #: What stands before the names of one store inside another.
