@@ -17,6 +17,7 @@ from sglang_hicache.cache.pools import HostPool
 from sglang_hicache.config import ServerConfig
 from sglang_hicache.errors import UserError
 from sglang_hicache.observe import learn_secrets, learn_variables
+from sglang_hicache.storage.allowed_plugins import check_plug_ins
 from sglang_hicache.storage.attachment_events import Spawn
 from sglang_hicache.storage.placeholders import Node, resolved
 from sglang_hicache.workers.batch import KVLayout
@@ -65,6 +66,8 @@ class StorageLauncher:
 
     def _open(self, epoch: int, backend: str, extra_config_json: str) -> wire.OpenBackend:
         config, layout = self._config, self._layout
+        # Judged where the command came in.  Here is the one door to a process that loads it, whoever sent it.
+        check_plug_ins(backend, extra_config_json, config.storage.plug_ins)
         extra_config_json, used = resolved(extra_config_json, self._node, config.storage.config_env)
         learn_secrets(extra_config_json)
         learn_variables(used)

@@ -29,6 +29,7 @@ from sglang_hicache.model_facts import ModelFacts, model_directory, read_model_f
 from sglang_hicache.pool_sizes import Memory, pool_config
 from sglang_hicache.server_args import ADMIN_API_KEY_ENV, API_KEY_ENV, BUILTIN_MODEL_PATH
 from sglang_hicache.storage import registry
+from sglang_hicache.storage.allowed_plugins import allowed_plug_ins
 from sglang_hicache.storage.placeholders import check_placeholders, variable_names
 
 BUILTIN_MODEL_NAME = "builtin"
@@ -196,12 +197,13 @@ def _protected_threshold(args: argparse.Namespace) -> int:
 
 
 def _storage(args: argparse.Namespace) -> StorageConfig:
-    extra = "{}"
+    extra, plug_ins = "{}", []
     if args.hicache_storage_backend:
         extra = extra_config_json(args.hicache_storage_backend_extra_config) or "{}"
         if args.file_storage_path is not None:
             extra = _with_file_path(extra, args.file_storage_path)
         registry.validate_extra_config(args.hicache_storage_backend, extra)
+        plug_ins = registry.plug_ins(args.hicache_storage_backend, extra)
     config_env = variable_names(args.hicache_config_env)
     check_placeholders(extra, config_env)
     return StorageConfig(
@@ -209,6 +211,7 @@ def _storage(args: argparse.Namespace) -> StorageConfig:
         extra_config_json=extra,
         config_dir=str(Path(args.hicache_config_dir).resolve()) if args.hicache_config_dir else "",
         config_env=config_env,
+        plug_ins=allowed_plug_ins(args.hicache_allow_dynamic_backend, plug_ins),
         attach_timeout_s=args.hicache_storage_attach_timeout,
         drain_timeout_s=args.hicache_storage_drain_timeout,
         force_timeout_s=args.hicache_force_timeout,

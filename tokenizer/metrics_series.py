@@ -2,7 +2,8 @@
 
 Pure: `families` turns status answers into metric families, and keeps nothing.  So a series cannot be registered twice,
 and none can vanish: whatever is attached, each metric has the same label values as at the first scrape, 0 where nothing
-has happened.  Series by backend are there for every backend that this server knows.  `metrics_table.py` lists them all.
+has happened.  Series by backend are there for every backend that this server knows; plug-ins that have names of their
+own all count as `dynamic`.  `metrics_table.py` lists them all.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class View:
 
     def total(self, name: str) -> int:
         """Since the start, of one backend."""
-        return self.answer.totals.get(self.backend, {}).get(name, 0)
+        totals = self.answer.totals.items()
+        return sum(counted.get(name, 0) for backend, counted in totals if registry.family(backend) == self.backend)
 
     def load(self, name: str) -> int:
         return self.answer.load.get(name, 0)
@@ -57,8 +59,15 @@ class View:
         return tokens // self.config.pool.page_size * self.load("page_bytes")
 
     def histogram(self, name: str, bounds: tuple[float, ...]) -> Histogram:
-        empty = Histogram(bounds=bounds, counts=(0,) * (len(bounds) + 1))
-        return self.answer.histograms.get(name, empty)
+        """`name` without a backend, or with one behind a slash."""
+        kind, _, backend = name.partition("/")
+        counts, total = [0] * (len(bounds) + 1), 0.0
+        for told, found in self.answer.histograms.items():
+            told_kind, _, told_backend = told.partition("/")
+            if told_kind == kind and registry.family(told_backend) == backend:
+                counts = list(map(sum, zip(counts, found.counts, strict=True)))
+                total += found.total
+        return Histogram(bounds=bounds, counts=tuple(counts), total=total)
 
 
 class Scope(Enum):

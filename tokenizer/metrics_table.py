@@ -56,6 +56,8 @@ PROCESS_COUNTERS = (
     ("retried_calls", "Calls of the backend that were tried again"),
     ("recovered_calls", "Calls that a second try saved"),
     ("contract_faults", "Answers of the backend that its interface does not allow"),
+    ("raised_calls", "Calls of a plug-in that ended in an exception"),
+    ("wrong_answers", "Answers of a plug-in that its interface does not allow"),
     ("evicted_pages", "Pages that were deleted to stay below the size limit"),
     ("expired_pages", "Pages that were deleted because of their age"),
     ("no_space_pages", "Pages that were refused for want of space"),

@@ -15,6 +15,7 @@ from sglang_hicache.errors import UserError
 from sglang_hicache.extra_config import LARGEST_FILE_BYTES, extra_config_json
 from sglang_hicache.observe import learn_secrets
 from sglang_hicache.storage import registry
+from sglang_hicache.storage.allowed_plugins import check_plug_ins
 from sglang_hicache.storage.placeholders import check_placeholders
 from sglang_hicache.tokenizer.api import AttachBody, DetachBody, MalformedBody, decode_body
 from sglang_hicache.tokenizer.ranks_desk import new_id
@@ -135,6 +136,7 @@ def _extra_config(body: AttachBody, storage: StorageConfig) -> str | None:
         config = extra_config_json(given, below=storage.config_dir)
         learn_secrets(config)
         registry.validate_extra_config(body.hicache_storage_backend, config)
+        check_plug_ins(body.hicache_storage_backend, config, storage.plug_ins)
         check_placeholders(config, storage.config_env)
     except UserError as error:
         if not given or given.startswith("@"):

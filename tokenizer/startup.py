@@ -17,6 +17,7 @@ from sglang_hicache.errors import HiCacheError, UserError
 from sglang_hicache.extra_config import extra_config_json
 from sglang_hicache.observe import learn_secrets
 from sglang_hicache.storage import registry
+from sglang_hicache.storage.allowed_plugins import check_plug_ins
 from sglang_hicache.storage.placeholders import check_placeholders
 from sglang_hicache.tokenizer.control import Control
 from sglang_hicache.tokenizer.operations import Operation, State
@@ -105,6 +106,7 @@ def _check(kept: Kept, storage: StorageConfig) -> None:
         extra_config_json(kept.extra_config_json, below="")  # what could not have come over HTTP: too deep, a file
         learn_secrets(kept.extra_config_json)
         registry.validate_extra_config(kept.backend, kept.extra_config_json)
+        check_plug_ins(kept.backend, kept.extra_config_json, storage.plug_ins)
         check_placeholders(kept.extra_config_json, storage.config_env)
     for policy, allowed in ((kept.prefetch_policy, PREFETCH_POLICIES), (kept.write_policy, WRITE_POLICIES)):
         if policy is not None and policy not in allowed:

@@ -1,7 +1,7 @@
 """Speed of the file storage through a real storage process, beside plain files on the same file system.
 
     python scripts/bench/bench_storage.py [--folder DIR] [--total-mib N] [--rounds N] [--fsync none|data|full]
-                                          [--only plain|care]
+                                          [--only plain|care|remote]
 
 For each page size the same bytes go to the same number of files twice: by the storage process (headers, checksums,
 rename to the final name; ops of 64 pages, as many in line as there are), and by the plainest loop there is (open,
@@ -14,6 +14,10 @@ The second table does the same with what a store takes care of, against the file
 that is always reached (every page of a round is new, those of earlier rounds are evicted while it is written), and
 pages of which one in ten fails once (against the same saboteur, idle).  "At once" is the share of pages that were
 stored, or found, at the first offer; the time is that until all of them were.
+
+The third table is about stores that live in servers of their own, which are started on loopback ports: our backend
+through a storage process, beside the plainest loop over the store's client library (`remote.py`).  A look-up asks for
+a span of 100 pages that are all there, from the rank's side of the socket and back.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from remote import Plain as PlainClient
+from remote import Remote, running
 from stored import Stored
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -42,6 +48,10 @@ CARE_PAGE_BYTES = 1024 * 1024
 #: The case whose store is never cleared.
 FULL = "always full"
 AIMS = {"read": 0.75, "write": 0.70}
+#: Of the client library's own throughput.
+REMOTE_AIM = 0.8
+#: Pages of a look-up, and how many look-ups are made.
+LOOKUP_PAGES, LOOKUPS = 100, 500
 GIB = 2**30
 
 
@@ -181,6 +191,69 @@ def measure_care(folder: Path, total_bytes: int, rounds: int, fsync: str) -> Non
             print(f"| {name} | {kind} | {speed:.2f} | {middle:.2f} ({low:.2f}-{high:.2f}) | {base} | {at_once:.4f} |")
 
 
+def measure_remote(folder: Path, total_bytes: int, rounds: int) -> None:
+    """Print the third table, and the look-ups."""
+    print("\n| store | page | direction | plain MB/s | stored MB/s | ratio (quartiles) | aim |")
+    print("|---|---|---|--:|--:|--:|---|")
+    with running(folder, total_bytes) as remotes:
+        for remote in remotes:
+            for page_bytes in PAGE_SIZES:
+                with new_pool(page_bytes, total_bytes) as pool:
+                    measure_one_remote(folder, remote, pool, rounds)
+        print(f"\n| store | look-up of {LOOKUP_PAGES} pages, ms: median | p99 |\n|---|--:|--:|")
+        for remote in remotes:
+            measure_look_ups(folder, remote)
+
+
+def measure_one_remote(folder: Path, remote: Remote, pool: HostPool, rounds: int) -> None:
+    """Two rows for each plain client."""
+    seconds: dict[tuple[str, str], list[float]] = {}
+    plain: dict[str, PlainClient] = {name: make(pool) for name, make in remote.plain.items()}
+    stored = Stored(folder, pool, remote.backend, remote.config)
+    for number in range(rounds + 1):
+        sides: list[tuple[str, Any]] = [*plain.items(), ("stored", stored)]
+        for name, side in sides if number % 2 else reversed(sides):
+            for kind, work in (("write", side.write), ("read", side.read)):
+                spent_s, share = timed(work)
+                if share not in (None, 1.0):
+                    raise SystemExit(f"only {share:.3f} of the pages went through a {kind} of {remote.backend}")
+                if number:
+                    seconds.setdefault((kind, name), []).append(spent_s)
+            side.clear()
+    stored.close()
+    for side in plain.values():
+        side.close()
+    total_mb = pool.pages * pool.page_bytes / 1e6
+    for name in plain:
+        for kind in ("write", "read"):
+            base_s, own_s = seconds[kind, name], seconds[kind, "stored"]
+            low, middle, high = statistics.quantiles([b / o for b, o in zip(base_s, own_s)], n=4)
+            base, own = (total_mb / statistics.median(values) for values in (base_s, own_s))
+            verdict = "met" if middle >= REMOTE_AIM else "missed"
+            print(
+                f"| {remote.backend} beside {name} | {pool.page_bytes // 1024} KiB | {kind} | {base:.0f} | {own:.0f} "
+                f"| {middle:.2f} ({low:.2f}-{high:.2f}) | {REMOTE_AIM:.2f} {verdict} |",
+                flush=True,
+            )
+
+
+def measure_look_ups(folder: Path, remote: Remote) -> None:
+    """One row."""
+    with new_pool(PAGE_SIZES[0], LOOKUP_PAGES * PAGE_SIZES[0]) as pool:
+        stored = Stored(folder, pool, remote.backend, remote.config)
+        stored.write()
+        took_ms = []
+        for _ in range(LOOKUPS):
+            spent_s, found = timed(lambda: stored.look_up(LOOKUP_PAGES))
+            if found != LOOKUP_PAGES:
+                raise SystemExit(f"{remote.backend} finds {found} of {LOOKUP_PAGES} pages")
+            took_ms.append(spent_s * 1000)
+        stored.clear()
+        stored.close()
+    cuts = statistics.quantiles(took_ms, n=100)
+    print(f"| {remote.backend} | {cuts[49]:.2f} | {cuts[98]:.2f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -191,19 +264,22 @@ def main() -> None:
         "--rounds", type=int, default=10, help="rounds that count; even, for either side to be first as often"
     )
     parser.add_argument("--fsync", choices=("none", "data", "full"), default="none")
-    parser.add_argument("--only", choices=("plain", "care"), help="one of the two tables")
+    parser.add_argument("--only", choices=("plain", "care", "remote"), help="one of the three tables")
     options = parser.parse_args()
     os.environ[ALLOW_FAULTY_ENV] = "1"
+    os.environ["GLOG_minloglevel"] = "3"  # mooncake's library would tell about itself in the middle of the tables
     folder = Path(tempfile.mkdtemp(prefix="bench_storage_", dir=options.folder))
     total_bytes = options.total_mib * 2**20
     try:
-        if options.only != "care":
+        if options.only in (None, "plain"):
             print("| page | direction | plain GiB/s | stored GiB/s | ratio (quartiles) | aim |")
             print("|---|---|--:|--:|--:|---|")
             for page_bytes in PAGE_SIZES:
                 measure(folder, page_bytes, total_bytes, options.rounds, options.fsync)
-        if options.only != "plain":
+        if options.only in (None, "care"):
             measure_care(folder, total_bytes, options.rounds, options.fsync)
+        if options.only in (None, "remote"):
+            measure_remote(folder, total_bytes, options.rounds)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -62,6 +62,20 @@ class Stored:
         """Ask for every page once; share of those that came."""
         return self._transfer(self._read_op) / self._pool.pages
 
+    def look_up(self, pages: int) -> int:
+        """Ask whether the first of the pages are there; how many are."""
+        self._next_op += 1
+        self._client.send(wire.LookupPages(op_id=self._next_op, keys=self._keys[:pages]))
+        found = 0
+
+        def is_answer(message: wire.FromStorage) -> bool:
+            nonlocal found
+            found = message.pages if isinstance(message, wire.OpProgress) else found
+            return isinstance(message, wire.OpProgress) and message.closed
+
+        self._until(is_answer)
+        return found
+
     def clear(self) -> None:
         self._client.send(wire.ClearPages(command_id="clear"))
         self._until(lambda message: isinstance(message, wire.ClearDone))

@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from sglang_hicache.errors import StorageError, UserError
 from sglang_hicache.storage.backend import OpenContext, StorageBackend
+from sglang_hicache.storage.dynamic_settings import ALIASES, DynamicSettings
 from sglang_hicache.storage.faulty_settings import FaultySettings
 from sglang_hicache.storage.redis_settings import RedisSettings
 from sglang_hicache.storage.s3_settings import S3Settings
@@ -32,7 +33,7 @@ from sglang_hicache.storage.settings import (
 )
 
 __all__ = [
-    "BackendSpec", "create", "late_io", "names", "spec", "split_extra_config", "trial_blocking",
+    "BackendSpec", "create", "family", "late_io", "names", "plug_ins", "spec", "split_extra_config", "trial_blocking",
     "validate_extra_config",
 ]  # fmt: skip
 
@@ -52,6 +53,8 @@ class BackendSpec:
     extra: str = ""
     #: Module with a `trial_blocking(settings, context)` of its own for dry runs; "": a dry run uses the store itself.
     trial_module: str = ""
+    #: What the name itself says: keys that an extra config need not repeat, and may not say otherwise.
+    preset: Mapping[str, Any] = field(default_factory=dict)
 
 
 _SPECS = {
@@ -62,23 +65,42 @@ _SPECS = {
             trial_module="sglang_hicache.storage.file_trial",
         ),
         BackendSpec("memory", "sglang_hicache.storage.memory", "MemoryBackend", MemorySettings),
+        BackendSpec("dynamic", "sglang_hicache.storage.dynamic", "DynamicBackend", DynamicSettings),
         BackendSpec("redis", "sglang_hicache.storage.redis", "RedisBackend", RedisSettings, extra="redis"),
         BackendSpec("s3", "sglang_hicache.storage.s3", "S3Backend", S3Settings, extra="s3"),
         BackendSpec("faulty", "sglang_hicache.storage.faulty", "FaultyBackend", FaultySettings),
     )
 }
 
+#: Names of plug-ins: each is `dynamic` with a class that is known.
+_ALIASES = {
+    name: BackendSpec(
+        name, _SPECS["dynamic"].module, _SPECS["dynamic"].class_name, DynamicSettings, preset=alias.preset(name)
+    )
+    for name, alias in ALIASES.items()
+}
+
 
 def names() -> list[str]:
-    """Backends that may be attached here."""
+    """Backends that may be attached here; plug-ins that have a name of their own are no further backends."""
     return [name for name in _SPECS if name != "faulty" or os.environ.get(ALLOW_FAULTY_ENV) == "1"]
 
 
 def spec(name: str) -> BackendSpec:
     """The entry of one backend."""
+    if name in _ALIASES:
+        return _ALIASES[name]
     if name not in names():
-        raise UserError(f"unknown storage backend {name!r}; choose one of: {', '.join(names())}")
+        raise UserError(
+            f"unknown storage backend {name!r}; choose one of: {', '.join(names())}; or a plug-in of SGLang: "
+            f"{', '.join(_ALIASES)}"
+        )
     return _SPECS[name]
+
+
+def family(name: str) -> str:
+    """The one of `names` that this one is, for whoever counts by backend."""
+    return "dynamic" if name in _ALIASES else name
 
 
 def validate_extra_config(name: str, text: str | None) -> tuple[PrefetchSettings, BackendSettings]:
@@ -91,6 +113,21 @@ def validate_extra_config(name: str, text: str | None) -> tuple[PrefetchSettings
         except UserError as error:
             raise UserError(f"extra config fault_tolerance, standby {number}: {error}") from error
     return prefetch, settings
+
+
+def plug_ins(name: str, text: str | None) -> list[str]:
+    """Classes that this config would have loaded, as "module:Class": its own, those of stores inside it, and those of
+    its standbys.  None of them is touched."""
+    found = _plug_ins(validate_extra_config(name, text)[1])
+    for standby in store_settings(text).fault_tolerance.standby:
+        found += plug_ins(standby.backend, standby.extra_config_json())
+    return found
+
+
+def _plug_ins(settings: BackendSettings) -> list[str]:
+    own = settings.plug_in()
+    inside = [found for _, child in _children(settings) for found in _plug_ins(child)]
+    return [own, *inside] if own else inside
 
 
 def late_io(name: str, settings: BackendSettings) -> bool:
@@ -146,10 +183,15 @@ def _class(found: BackendSpec) -> Any:
 
 def _convert(found: BackendSpec, config: dict[str, Any]) -> BackendSettings:
     """The backend's record, or a UserError that names what is allowed."""
-    allowed = found.settings.__struct_fields__
+    rest = found.settings.REST
+    allowed = [name for name in found.settings.__struct_fields__ if name != rest and name not in found.preset]
     takes = f"{found.name} takes {', '.join(allowed)}" if allowed else f"{found.name} takes no extra config"
-    unknown = sorted(set(config) - set(allowed))
-    if unknown:
+    config = _with_preset(found, config)
+    unknown = sorted(set(config) - set(allowed) - set(found.preset))
+    if rest:
+        takes += ", and keys of the plug-in itself"
+        config = {rest: {name: config.pop(name) for name in unknown}} | config
+    elif unknown:
         common = ", ".join(COMMON_KEYS)
         raise UserError(f"unknown extra config {', '.join(map(repr, unknown))}; {takes} (and every backend {common})")
     try:
@@ -161,3 +203,14 @@ def _convert(found: BackendSpec, config: dict[str, Any]) -> BackendSettings:
             raise UserError("extra config inner='faulty' is not allowed; sabotage one real backend")
         _convert(spec(child.backend), child.config)
     return settings
+
+
+def _with_preset(found: BackendSpec, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with what its backend's name says."""
+    for name, value in found.preset.items():
+        if config.get(name, value) != value:
+            raise UserError(
+                f"extra config {name}: the backend {found.name!r} stands for {value!r}; leave the key out, or use the "
+                "backend 'dynamic'"
+            )
+    return {**config, **found.preset}

@@ -7,7 +7,7 @@ command; a backend gets its record ready made.  Pure.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 
@@ -74,6 +74,9 @@ class ChildStore(NamedTuple):
 class BackendSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of the record that a backend gets."""
 
+    #: Name of the field that takes every key of an extra config that is no field; "": there is none.
+    REST: ClassVar[str] = ""
+
     def place(self) -> str:
         """Where the store is, in an operator's words; "" where that says nothing.  Never a secret."""
         return ""
@@ -81,6 +84,10 @@ class BackendSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     def may_write_late(self) -> bool:
         """May host memory be written after the process died (`Capabilities.late_io`)?  Children answer themselves."""
         return False
+
+    def plug_in(self) -> str:
+        """The class that a config names and that is loaded for this store, "module:Class"; "": none is."""
+        return ""
 
     def children(self) -> tuple[ChildStore, ...]:
         """The stores that this one is made of; they reach its backend in this order."""

@@ -99,6 +99,23 @@ def test_values_and_labels_are_those_that_dashboards_know(server: FakeServer) ->
     assert scrape.value("sglang:hicache_backup_bytes_total", **CACHE | {"tp_rank": "1"}) == 4000
 
 
+def test_plug_ins_with_names_of_their_own_count_as_one_backend(server: FakeServer) -> None:
+    """Otherwise each of eleven names would have every series, or a series would come and go with what is attached."""
+    names = registry.names()
+    totals = {"eic": {"lost_tokens": 5, "evicted_pages": 1}, "dynamic": {"lost_tokens": 7}, "file": {"lost_tokens": 9}}
+    eic = wire.Histogram(bounds=measures.PAGES, counts=(1, 2, 0, 0, 0, 1), total=211.0)
+    dynamic = wire.Histogram(bounds=measures.PAGES, counts=(0, 1, 0, 0, 0, 0), total=4.0)
+    histograms = {"backup_pgs/eic": eic, "backup_pgs/dynamic": dynamic, "prefetch_pgs/eic": eic}
+    server.answer_status = lambda rank: STATUS | {"backend": "eic", "totals": totals, "histograms": histograms}
+    scrape, labels = scraped(server), STORAGE | {"storage_backend": "DynamicBackend"}
+    assert scrape.value("sglang:hicache_backup_dropped_tokens_total", **labels) == 12
+    assert scrape.value("sglang:hicache_backup_dropped_tokens_total", **STORAGE) == 9
+    assert scrape.value("sglang:backup_pgs_count", **labels) == 5
+    assert scrape.value("sglang:backup_pgs_sum", **labels) == 215
+    assert scrape.value("sglang:prefetch_pgs_count", **labels) == 4
+    assert len(scrape.by("storage_backend", "sglang:prefetched_tokens_total")) == len(names)
+
+
 def test_histograms_are_cumulative(server: FakeServer) -> None:
     scrape = scraped(server)
     assert scrape.value("sglang:load_back_duration_seconds_count", **CACHE) == 6

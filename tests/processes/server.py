@@ -104,13 +104,15 @@ class Server:
         return self.http.request(method, path, headers={"Authorization": f"Bearer {ADMIN_KEY}"}, **fields)
 
     def attach(self, path: Path, backend: str = "file", **config: Any) -> httpx.Response:
-        extra = json.dumps({"file_storage_path": str(path), "prefetch_threshold": 16} | config)
+        return self.attach_store(backend, {"file_storage_path": str(path)} | config)
+
+    def attach_store(self, backend: str, config: dict[str, Any], **fields: Any) -> httpx.Response:
         body = {
             "hicache_storage_backend": backend,
-            "hicache_storage_backend_extra_config_json": extra,
+            "hicache_storage_backend_extra_config_json": json.dumps({"prefetch_threshold": 16} | config),
             "hicache_storage_prefetch_policy": "wait_complete",
         }
-        return self.admin("PUT", "/hicache/storage-backend", json=body)
+        return self.admin("PUT", "/hicache/storage-backend", json=body | fields)
 
     def status_now(self) -> dict[str, Any]:
         """What GET says now; the state of a rank that needs more than 1.5 s for its answer is "unknown"."""

@@ -60,6 +60,14 @@ def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launch
     assert os.listdir(run_dir) == [], "sockets stay behind"
 
 
+def test_fm61_a_rank_starts_no_process_for_a_plug_in_that_is_not_on_the_list(launcher: Launcher) -> None:
+    """Whoever sent the command, and however it got past whoever should have refused it."""
+    config = json.dumps({"backend_name": "x", "module_path": "some.module", "class_name": "Store"})
+    for start in (lambda: launcher()(Spawn(1, "dynamic", config)), lambda: launcher().dry_run(1, "dynamic", config)):
+        with pytest.raises(UserError, match="the plug-in some.module:Store may not be loaded here"):
+            start()
+
+
 class Trying:
     """Probes and the time that a rank's loop would give them."""
 

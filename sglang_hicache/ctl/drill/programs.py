@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +18,11 @@ from sglang_hicache.ctl.drill.stores import filled
 
 _START_TIMEOUT_S = 30.0
 _POLL_S = 0.02
+
+
+def program_path(name: str) -> str | None:
+    """Where a program is: on the PATH, or beside this interpreter, where pip puts those that come as packages."""
+    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
 class Programs:
@@ -40,7 +48,8 @@ class Programs:
     def start_blocking(self, name: str) -> None:
         """Return when it listens."""
         names = self.names() | {"port": str(self._ports[name])}
-        command = [filled(word, names) for word in self._tables[name].command]
+        program, *arguments = [filled(word, names) for word in self._tables[name].command]
+        command = [program_path(program) or program, *arguments]
         log_path = self._folder / f"{name}.log"
         with open(os.open(log_path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600), "ab") as log:
             try:
@@ -61,7 +70,8 @@ class Programs:
         """kill -9."""
         process = self._running.pop(name, None)
         if process is not None:
-            process.kill()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # with whatever it has started
             process.wait()
 
 

@@ -65,7 +65,7 @@ class ProgramTable(_Record, kw_only=True):
 class NeedsTable(_Record, kw_only=True):
     """`[needs]`: without these the drill is skipped."""
 
-    #: Programs on the PATH.
+    #: Programs on the PATH, or beside the interpreter.
     programs: list[str] = []
     #: Backends that this server has.
     backends: list[str] = []

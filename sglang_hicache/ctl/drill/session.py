@@ -16,7 +16,7 @@ import msgspec
 
 from sglang_hicache.ctl.drill.load import Answers, reference_answers
 from sglang_hicache.ctl.drill.own_server import OwnServer
-from sglang_hicache.ctl.drill.programs import Programs
+from sglang_hicache.ctl.drill.programs import Programs, program_path
 from sglang_hicache.ctl.drill.progress import Voice
 from sglang_hicache.ctl.drill.result import Assertion, Result, Verdict
 from sglang_hicache.ctl.drill.runner import SERVER_ERRORS, Drill
@@ -146,7 +146,7 @@ def run_foreign(scenario: Scenario, client: StreamClient, key: str, voice: Voice
 
 def missing_needs(needs: NeedsTable) -> str:
     """What a drill needs and this machine has not, in words."""
-    programs = [f"the program {name}" for name in needs.programs if shutil.which(name) is None]
+    programs = [f"the program {name}" for name in needs.programs if program_path(name) is None]
     backends = [f"the storage backend {name}" for name in needs.backends if name not in registry.names()]
     missing = programs + backends
     return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not there" if missing else ""

@@ -1,0 +1,95 @@
+"""Imports a plug-in's class, and sees to it that `sglang` can be imported for that.
+
+Called once by the backend's `open`, in a storage process.  Three cases:
+
+    SGLang is installed and imports    its modules are used
+    its packages beside it are missing    (pip install --no-deps) its modules are used one by one: the package `sglang`
+                                       is put in place without running its first file, which imports all of SGLang
+    it is not installed                a stand-in takes the names of the modules that plug-ins import their interface
+                                       from, so that a plug-in of one's own does not need an installation of 10 GB
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from sglang_hicache.errors import StorageError
+from sglang_hicache.storage import plugin_interface
+from sglang_hicache.storage.dynamic_settings import ALIASES
+
+_INTERFACE = "sglang.srt.mem_cache.hicache_storage"
+
+#: Packages of the stand-in, and its modules with what is in them.
+_PACKAGES = ("sglang", "sglang.srt", "sglang.srt.mem_cache")
+_HOST_POOL = {"HostKVCache": plugin_interface.HostKVCache}
+_MODULES = {
+    _INTERFACE: {name: value for name, value in vars(plugin_interface).items() if not name.startswith("_")},
+    "sglang.srt.mem_cache.memory_pool_host": _HOST_POOL,
+    "sglang.srt.mem_cache.pool_host": _HOST_POOL,
+}
+
+
+def interface_blocking() -> ModuleType:
+    """The module of the interface: SGLang's, or what stands in for it."""
+    if _INTERFACE not in sys.modules:
+        found = sys.modules.get("sglang") or importlib.util.find_spec("sglang")
+        if found is None:
+            _stand_in()
+        else:
+            _import_sglang_blocking()
+    return importlib.import_module(_INTERFACE)  # lazy door: SGLang costs seconds, and may not be there
+
+
+def class_blocking(module_path: str, class_name: str, backend_name: str) -> type[Any]:
+    """The plug-in's class.  StorageError: what is missing."""
+    interface_blocking()
+    try:
+        module = importlib.import_module(module_path)  # lazy door: the operator names it
+    except ImportError as error:
+        raise _missing(module_path, backend_name, error) from error
+    found = vars(module).get(class_name)
+    if not isinstance(found, type):
+        raise StorageError(f"the module {module_path} has no class {class_name}", "refused", "bad_config")
+    return found
+
+
+def _import_sglang_blocking() -> None:
+    try:
+        importlib.import_module("sglang")  # lazy door: as above
+    except ImportError:
+        spec = importlib.util.find_spec("sglang")
+        assert spec is not None, "it was there a moment ago"
+        bare = importlib.util.module_from_spec(spec)
+        bare.__path__ = list(spec.submodule_search_locations or ())
+        sys.modules["sglang"] = bare
+
+
+def _stand_in() -> None:
+    """Register the modules; a package without a path has no others."""
+    for name in (*_PACKAGES, *_MODULES):
+        module = ModuleType(name, "Stands in for SGLang's module of this name; see sglang_hicache.storage.")
+        module.__spec__ = ModuleSpec(name, None, is_package=name in _PACKAGES)
+        if name in _PACKAGES:
+            module.__path__ = []
+        vars(module).update(_MODULES.get(name, {}))
+        sys.modules[name] = module
+        parent, _, own = name.rpartition(".")
+        if parent:
+            vars(sys.modules[parent])[own] = module
+
+
+def _missing(module_path: str, backend_name: str, error: ImportError) -> StorageError:
+    """What to install: the package that the plug-in asked for, or the one that it is a part of."""
+    what = error.name or str(error)
+    text = f"the plug-in {module_path} needs {what!r}, which cannot be imported here ({error})"
+    if backend_name in ALIASES:
+        needs = ALIASES[backend_name].needs
+        text += f": {backend_name} is a part of SGLang (pip install sglang)" + (f" and needs {needs}" if needs else "")
+    elif what.partition(".")[0] == module_path.partition(".")[0]:
+        text += ": install it, or name its folder in PYTHONPATH"
+    return StorageError(text, "refused", "missing_library")
