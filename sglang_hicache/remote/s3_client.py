@@ -36,6 +36,9 @@ _PIECE_BYTES = 1
 #: Keys of one answer to a listing, and of one request that deletes; no server takes more.
 _LIST_KEYS = 1000
 
+#: Content above this goes in parts, each with a time of its own.
+PART_BYTES = 64 * 1024 * 1024
+
 _FIRST_WAIT = datetime.timedelta(milliseconds=50)
 _LONGEST_WAIT = datetime.timedelta(seconds=2)
 
@@ -78,13 +81,13 @@ class S3Endpoint:
 
 
 class S3Bucket:
-    """Objects by key.  `open` is the first request that a server sees; before it nothing is connected."""
+    """Objects by key.  Nothing is connected before the first request."""
 
     def __init__(self, endpoint: S3Endpoint) -> None:
         self.place = endpoint.place()
         self._prefix = endpoint.prefix
         try:
-            self._store = _store(endpoint)
+            self._library: S3Store | None = _store(endpoint)
         except NoCredentials as error:
             raise StorageError(f"S3 at {self.place}: {error}", "refused", "wrong_password") from error
         except S3_ERRORS as error:
@@ -92,6 +95,15 @@ class S3Bucket:
 
     def __repr__(self) -> str:
         return f"<S3Bucket {self.place}>"
+
+    def close(self) -> None:
+        """Let go of all connections.  The library closes them soon, on a thread of its own."""
+        self._library = None
+
+    @property
+    def _store(self) -> S3Store:
+        assert self._library is not None, "the bucket is closed"
+        return self._library
 
     def check_blocking(self, prefix: str = "") -> None:
         """Does the server know us and the bucket, and let us list it?  A listing is asked for, because the answer to
@@ -137,13 +149,14 @@ class S3Bucket:
             return self._absent(error, "get a part of", key)
 
     def put_blocking(
-        self, key: str, content: Sequence[Buffer], *, only_new: bool = False, part_bytes: int | None = None
+        self, key: str, content: Sequence[Buffer], *, only_new: bool = False, part_bytes: int | None = PART_BYTES
     ) -> bool:
         """Store an object that is these buffers one after the other; whole for every reader, or not there at all.
 
         `only_new`: False if there was one already; a server that does not know this condition replaces it.
-        `part_bytes`: in parts of this size, several at a time, if it is larger; needed above 5 GiB, and an upload that
-        breaks leaves parts behind that nobody sees and a lifecycle rule should remove.
+        `part_bytes`: in parts of this size, several at a time, if it is larger and not `only_new`; None: in one piece,
+        which no server takes above 5 GiB.  An upload in parts that breaks leaves some behind that nobody sees, and that
+        a lifecycle rule should remove.
         """
         size = sum(map(len, content))
         options: dict[str, Any] = {"use_multipart": False}

@@ -64,6 +64,8 @@ _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(?:Other\(\s*OtherError\(\s*)
 
 #: Where there was no answer: names out of the library's account of the fault, and what it is to us.  The first counts.
 _BY_FAULT = (
+    (r"Invalid\w+Response|Metadata \{",
+     "what came is no answer of an S3 server", ("refused", "bad_config")),
     (r"NotValidYet", "the certificate is not valid yet", ("refused", "clock")),
     (r"InvalidCertificate\(|NoCertificatesPresented|AlertReceived\(|InvalidMessage\(|PeerIncompatible|PeerMisbehaved",
      "TLS failed", ("refused", "tls")),

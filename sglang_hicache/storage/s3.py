@@ -55,7 +55,6 @@ class S3Backend(StorageBackend):
     def open_blocking(self) -> None:
         bucket = S3Bucket(_endpoint(self._settings))
         self._place = bucket.place
-        self._count("list")
         bucket.check_blocking()
         self._bucket = bucket
 
@@ -113,8 +112,8 @@ class S3Backend(StorageBackend):
     def close_blocking(self) -> None:
         self._readers.close_blocking()
         self._writers.close_blocking()
-        # Connections go with the last one who knows them.
-        self._bucket = None
+        if self._bucket is not None:
+            self._bucket.close()
 
     @property
     def _open_bucket(self) -> S3Bucket:
@@ -122,7 +121,7 @@ class S3Backend(StorageBackend):
         return self._bucket
 
     def _count(self, request: str) -> None:
-        """One more request that the server was asked, and maybe somebody has to pay."""
+        """One more request, which somebody may have to pay."""
         self._counters.add(f"{request}_requests")
 
     def _size_blocking(self, name: PageName) -> int | None:
@@ -186,7 +185,6 @@ class S3Backend(StorageBackend):
 
     def _keys_blocking(self, namespace: str) -> Iterator[str]:
         """Keys of all pages of a namespace, and of nothing else that somebody may have put there."""
-        self._count("list")
         for key, _ in self._open_bucket.list_blocking(namespace_prefix("", namespace)):
             if parse_object_name("", key) is not None:
                 yield key

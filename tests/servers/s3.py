@@ -39,9 +39,10 @@ def needs(program: str) -> str:
 def config(port: int, **more: Any) -> dict[str, Any]:
     """An extra config for a server on a loopback port."""
     return {
+        # A machine that others use, too, takes its time; what a bound does is shown where one is given.
+        "timeout_s": 60.0, "connect_timeout_s": 60.0,
         "bucket": BUCKET, "endpoint": f"http://127.0.0.1:{port}", "access_key": ACCESS_KEY, "secret_key": SECRET_KEY,
-        **more,
-    }  # fmt: skip
+    } | more  # fmt: skip
 
 
 def bucket(port: int, **more: Any) -> S3Bucket:
@@ -103,6 +104,8 @@ class Request:
         self.content = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
 
 
+_NOTHING_LISTED = b"<ListBucketResult></ListBucketResult>"
+
 #: Status, headers and body.
 Answer = tuple[int, dict[str, str], bytes]
 
@@ -119,9 +122,10 @@ def content(body: bytes, size: int | None = None) -> Answer:
 
 
 class ScriptedServer:
-    """Answers each request by a function; for what a real server does once in a month."""
+    """Answers each request by a function, but for listings (`lists`), where nothing is found: for what a real server
+    does once in a month."""
 
-    def __init__(self, answer: Callable[[Request], Answer]) -> None:
+    def __init__(self, answer: Callable[[Request], Answer], *, lists: bool = True) -> None:
         self.requests: list[Request] = []
         scripted = self
 
@@ -131,14 +135,16 @@ class ScriptedServer:
             def do_GET(self) -> None:
                 request = Request(self)
                 scripted.requests.append(request)
-                status, headers, body = answer(request)
+                is_listing = lists and "list-type=" in request.path
+                status, headers, body = content(_NOTHING_LISTED) if is_listing else answer(request)
                 self.send_response(status)
-                for name, value in ({"Content-Length": str(len(body))} | headers).items():
+                # Said, or the library would send the next request on a connection that ends.
+                always = {"Content-Length": str(len(body)), "Connection": "close"}
+                for name, value in (always | headers).items():
                     self.send_header(name, value)
                 self.end_headers()
                 if self.command != "HEAD":
                     self.wfile.write(body)
-                self.close_connection = True
 
             do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 

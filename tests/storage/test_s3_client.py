@@ -1,0 +1,161 @@
+"""The bucket that store and connectors share: objects, listings, and requests by the usual keys."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sglang_hicache.errors import StorageError
+from sglang_hicache.remote.s3_client import S3Bucket, S3Endpoint
+from tests.servers import s3
+
+
+@pytest.fixture(scope="module", params=["rclone", "moto"])
+def port(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    kind = s3.RcloneServer if request.param == "rclone" else s3.MotoServer
+    with s3.warm(kind(tmp_path_factory.mktemp(request.param))) as server:
+        assert isinstance(server, (s3.RcloneServer, s3.MotoServer))
+        yield server.port
+
+
+@pytest.fixture
+def bucket(port: int) -> Iterator[S3Bucket]:
+    found = s3.bucket(port, prefix="models/")
+    yield found
+    found.delete_blocking([key for key, _ in found.list_blocking()])
+    found.close()
+
+
+@pytest.fixture
+def no_aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """An environment that says nothing of Amazon."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return monkeypatch
+
+
+def test_an_object_from_its_first_byte_to_its_end(bucket: S3Bucket) -> None:
+    content = bytes(range(256)) * 40
+    assert bucket.get_blocking("a/b") is None and bucket.size_blocking("a/b") is None
+    assert bucket.open_blocking("a/b") is None and bucket.get_range_blocking("a/b", 0, 1) is None
+    assert bucket.put_blocking("a/b", [content[:100], memoryview(content)[100:]])
+    assert bucket.get_blocking("a/b") == content
+    assert bucket.size_blocking("a/b") == len(content)
+    opened = bucket.open_blocking("a/b")
+    assert opened is not None
+    assert (opened[0], b"".join(opened[1])) == (len(content), content)
+    bucket.delete_blocking(["a/b", "never/there"])
+    assert bucket.size_blocking("a/b") is None
+
+
+def test_parts_of_an_object(bucket: S3Bucket) -> None:
+    """One of the servers answers with the whole object's status, which the library refuses."""
+    content = bytes(range(256)) * 4000
+    bucket.put_blocking("x", [content])
+    for start, length in ((0, 1), (0, 256), (1000, 5000), (len(content) - 10, 10), (len(content) - 10, 100)):
+        assert bucket.get_range_blocking("x", start, length) == content[start : start + length]
+    assert bucket.get_range_blocking("x", len(content), 10) == b""
+
+
+def test_content_in_parts(bucket: S3Bucket) -> None:
+    content = os.urandom(11 * 1024 * 1024)
+    bucket.put_blocking("large", [content[:777], content[777:]], part_bytes=5 * 1024 * 1024)
+    assert bucket.get_blocking("large") == content
+
+
+@pytest.mark.parametrize("key", ["a b", "ä/ö", "100%", "%41", "a+b&c=d?e#f", "~x..", "q'\"<>|*", "x" * 200])
+def test_odd_keys(bucket: S3Bucket, key: str) -> None:
+    bucket.put_blocking(key, [b"odd"])
+    assert bucket.get_blocking(key) == b"odd"
+    assert list(bucket.list_blocking()) == [(key, 3)]
+    bucket.delete_blocking([key])
+    assert list(bucket.list_blocking()) == []
+
+
+@pytest.mark.parametrize("key", ["a//b", "a/../b", "./a", "tab\there"])
+def test_keys_that_cannot_be_named(bucket: S3Bucket, key: str) -> None:
+    with pytest.raises(StorageError) as error:
+        bucket.put_blocking(key, [b""])
+    assert (error.value.reason, error.value.code) == ("refused", "bad_config")
+
+
+def test_listings_by_prefix(bucket: S3Bucket) -> None:
+    for key in ("a/1", "a/2", "ab", "b/a/1"):
+        bucket.put_blocking(key, [key.encode()])
+    found = {
+        prefix: sorted(key for key, _ in bucket.list_blocking(prefix)) for prefix in ("", "a", "a/", "b", "c", "a/1")
+    }
+    assert found == {
+        "": ["a/1", "a/2", "ab", "b/a/1"], "a": ["a/1", "a/2", "ab"], "a/": ["a/1", "a/2"], "b": ["b/a/1"], "c": [],
+        "a/1": ["a/1"],
+    }  # fmt: skip
+
+
+def test_only_new(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with s3.MotoServer(tmp_path_factory.mktemp("moto")) as server:
+        assert isinstance(server, s3.MotoServer)
+        found = s3.bucket(server.port)
+        assert found.put_blocking("x", [b"1"], only_new=True)
+        assert not found.put_blocking("x", [b"2"], only_new=True)
+        assert found.get_blocking("x") == b"1"
+
+
+def test_keys_and_server_of_the_environment(port: int, no_aws: pytest.MonkeyPatch) -> None:
+    no_aws.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    no_aws.setenv("AWS_ACCESS_KEY_ID", s3.ACCESS_KEY)
+    no_aws.setenv("AWS_SECRET_ACCESS_KEY", s3.SECRET_KEY)
+    S3Bucket(S3Endpoint(bucket=s3.BUCKET)).check_blocking()
+
+
+def test_keys_of_a_profile(port: int, no_aws: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"[team]\naws_access_key_id={s3.ACCESS_KEY}\naws_secret_access_key={s3.SECRET_KEY}\n")
+    no_aws.setenv("AWS_SHARED_CREDENTIALS_FILE", str(path))
+    no_aws.setenv("AWS_PROFILE", "team")
+    S3Bucket(S3Endpoint(bucket=s3.BUCKET, endpoint=f"http://127.0.0.1:{port}")).check_blocking()
+
+
+def test_given_keys_come_before_all_others(port: int, no_aws: pytest.MonkeyPatch) -> None:
+    """And nobody asks the machine for its role, which takes seconds where it has none."""
+    no_aws.setenv("AWS_ACCESS_KEY_ID", "AKIDOFNOBODY")
+    no_aws.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    with s3.ScriptedServer(lambda _: s3.refusal(500, "InternalError")) as machine:
+        no_aws.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{machine.port}")
+        s3.bucket(port).check_blocking()
+        assert machine.requests == []
+
+
+def test_a_machine_without_a_role(no_aws: pytest.MonkeyPatch) -> None:
+    with s3.ScriptedServer(lambda _: s3.refusal(404, "NoSuchRole")) as machine:
+        no_aws.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{machine.port}")
+        with pytest.raises(StorageError, match="no access key that could be used was found") as error:
+            S3Bucket(S3Endpoint(bucket=s3.BUCKET, retries=0)).check_blocking()
+        assert error.value.code == "wrong_password"
+        assert machine.requests
+
+
+def test_a_session_token_travels(no_aws: pytest.MonkeyPatch) -> None:
+    with s3.ScriptedServer(lambda _: s3.content(b"")) as server:
+        s3.bucket(server.port, session_token="token-of-a-test").check_blocking()
+        assert server.requests[0].headers["x-amz-security-token"] == "token-of-a-test"
+
+
+@pytest.mark.parametrize(("sign", "expected"), [(True, False), (False, True), (None, False)])
+def test_content_is_signed_where_nothing_else_protects_it(sign: bool | None, expected: bool) -> None:
+    with s3.ScriptedServer(lambda _: s3.content(b"")) as server:
+        s3.bucket(server.port, sign_payload=sign).put_blocking("x", [b"1"])
+        assert (server.requests[0].headers["x-amz-content-sha256"] == "UNSIGNED-PAYLOAD") is expected
+
+
+def test_a_bucket_in_the_host(no_aws: pytest.MonkeyPatch) -> None:
+    """Some machines know every name below `localhost`, others do not: in the path it would always arrive."""
+    with s3.ScriptedServer(lambda _: s3.content(b"")) as server:
+        endpoint = f"http://localhost:{server.port}"
+        with contextlib.suppress(StorageError):
+            s3.bucket(server.port, endpoint=endpoint, path_style=False, bucket="abc").put_blocking("x", [b"1"])
+        assert {request.headers["Host"].partition(":")[0] for request in server.requests} <= {"abc.localhost"}
