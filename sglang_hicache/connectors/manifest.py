@@ -151,7 +151,7 @@ def is_chunk_key(key: str) -> bool:
 def _escaped(name: str) -> str:
     """The name in letters, digits, and . _ - !, at most so long that a file system takes it."""
     plain = name.encode("utf-8", "surrogateescape")
-    text = _UNSAFE.sub(lambda found: b"!%02X" % found[0], plain).decode()
+    text = _UNSAFE.sub(lambda found: b"!%02X" % ord(found[0]), plain).decode()
     if len(text) > _LONGEST_PART or text.startswith("."):
         text = f"!{hashlib.sha256(plain).hexdigest()[:16]}!{text[:_LONGEST_PART]}"
     return text

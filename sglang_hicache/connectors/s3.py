@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from sglang_hicache.connectors.base import BaseFileSystemConnector, ConnectorType, Entry
 from sglang_hicache.connectors.url import StoreUrl, check_options
-from sglang_hicache.errors import StorageError, UserError
+from sglang_hicache.errors import IntegrityError, StorageError, UserError
 from sglang_hicache.remote.s3_address import check_bucket, check_endpoint, check_prefix
 from sglang_hicache.remote.s3_client import S3Bucket, S3Endpoint
 
-_CONNECT_TIMEOUT_S, _TIMEOUT_S, _RETRIES = 5.0, 60.0, 4
+_CONNECT_TIMEOUT_S, _TIMEOUT_S, _RETRIES = 5.0, 30.0, 3
 
 
 class S3Connector(BaseFileSystemConnector):
@@ -26,7 +26,7 @@ class S3Connector(BaseFileSystemConnector):
         super().__init__(url)
         endpoint = _endpoint(url)
         try:
-            self._bucket = S3Bucket(endpoint)
+            self._opened: S3Bucket | None = S3Bucket(endpoint)
         except StorageError as error:
             raise UserError(f"{url.public}: {error}") from error
 
@@ -56,6 +56,16 @@ class S3Connector(BaseFileSystemConnector):
 
     def delete_blocking(self, keys: Iterable[str]) -> None:
         self._bucket.delete_blocking(keys)
+
+    def close(self) -> None:
+        super().close()
+        self._opened = None  # its connections end with it
+
+    @property
+    def _bucket(self) -> S3Bucket:
+        if self._opened is None:
+            raise IntegrityError(f"{self.url} was closed")
+        return self._opened
 
 
 def _endpoint(url: StoreUrl) -> S3Endpoint:
