@@ -58,6 +58,10 @@ PROCESS_COUNTERS = (
     ("contract_faults", "Answers of the backend that its interface does not allow"),
     ("raised_calls", "Calls of a plug-in that ended in an exception"),
     ("wrong_answers", "Answers of a plug-in that its interface does not allow"),
+    ("failed_calls", "Calls of a store inside a tiered store or a mirror that failed"),
+    ("healed_pages", "Damaged pages in a store inside another that a whole copy elsewhere stood in for"),
+    ("copied_pages", "Pages that were copied to a store inside another that lacked them"),
+    ("dropped_copies", "Pages that were not copied there because too many waited"),
     ("evicted_pages", "Pages that were deleted to stay below the size limit"),
     ("expired_pages", "Pages that were deleted because of their age"),
     ("no_space_pages", "Pages that were refused for want of space"),
@@ -175,6 +179,7 @@ def rank_series() -> Iterator[Series]:
         ("used_bytes", "Bytes that the store holds"), ("used_pages", "Pages of this namespace in the store"),
         ("other_namespace_pages", "Pages of other namespaces in the store"),
         ("max_bytes", "Bytes that the store may hold"), ("free_bytes", "Bytes that are free on the store's disk"),
+        ("away_stores", "Stores inside a tiered store or a mirror that do not answer"),
     ):  # fmt: skip
         yield each(gauge(f"{OWN}store_{name}", scope, f"{meaning}, as the rank sees it; 0: detached, or not known.",
                          lambda v, name=name: v.answer.backend_stats.get(name, 0)))  # fmt: skip

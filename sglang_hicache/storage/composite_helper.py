@@ -28,7 +28,8 @@ class StoredPage:
         self.parent = page.parent
         self.depth = page.depth
         self._header = bytes(page.header)
-        self.payload = memoryview(bytes(page.payload))
+        #: Of memory that can be written, as the host pool can: some libraries take no other.
+        self.payload = memoryview(bytearray(page.payload))
         self.size_bytes = HEADER_BYTES + len(self.payload)
 
     def header(self) -> bytes:

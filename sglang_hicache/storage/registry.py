@@ -18,6 +18,7 @@ import msgspec
 
 from sglang_hicache.errors import StorageError, UserError
 from sglang_hicache.storage.backend import OpenContext, StorageBackend
+from sglang_hicache.storage.composite_settings import MirrorSettings, TieredSettings
 from sglang_hicache.storage.dynamic_settings import ALIASES, DynamicSettings
 from sglang_hicache.storage.faulty_settings import FaultySettings
 from sglang_hicache.storage.redis_settings import RedisSettings
@@ -55,6 +56,8 @@ class BackendSpec:
     trial_module: str = ""
     #: What the name itself says: keys that an extra config need not repeat, and may not say otherwise.
     preset: Mapping[str, Any] = field(default_factory=dict)
+    #: Its class is told how a store inside is made anew, as one that did not open cannot be opened again.
+    remakes: bool = False
 
 
 _SPECS = {
@@ -68,6 +71,8 @@ _SPECS = {
         BackendSpec("dynamic", "sglang_hicache.storage.dynamic", "DynamicBackend", DynamicSettings),
         BackendSpec("redis", "sglang_hicache.storage.redis", "RedisBackend", RedisSettings, extra="redis"),
         BackendSpec("s3", "sglang_hicache.storage.s3", "S3Backend", S3Settings, extra="s3"),
+        BackendSpec("tiered", "sglang_hicache.storage.tiered", "TieredBackend", TieredSettings, remakes=True),
+        BackendSpec("mirror", "sglang_hicache.storage.mirror", "MirrorBackend", MirrorSettings, remakes=True),
         BackendSpec("faulty", "sglang_hicache.storage.faulty", "FaultyBackend", FaultySettings),
     )
 }
@@ -139,8 +144,11 @@ def late_io(name: str, settings: BackendSettings) -> bool:
 
 def create(name: str, settings: BackendSettings, context: OpenContext) -> StorageBackend:
     """Make a backend, and those that it is made of; it is not open yet."""
-    backend_class = _class(spec(name))
-    inside = [create(child, child_settings, context) for child, child_settings in _children(settings)]
+    found = spec(name)
+    backend_class, children = _class(found), _children(settings)
+    inside = [create(child, child_settings, context) for child, child_settings in children]
+    if found.remakes:
+        return backend_class(settings, inside, lambda number: create(*children[number], context))
     return backend_class(settings, inside) if inside else backend_class(settings, context)
 
 
@@ -201,7 +209,10 @@ def _convert(found: BackendSpec, config: dict[str, Any]) -> BackendSettings:
     for child in settings.children():
         if child.backend == found.name == "faulty":
             raise UserError("extra config inner='faulty' is not allowed; sabotage one real backend")
-        _convert(spec(child.backend), child.config)
+        try:
+            _convert(spec(child.backend), child.config)
+        except UserError as error:
+            raise UserError(f"{child.label}: {error}" if child.label else str(error)) from error
     return settings
 
 

@@ -69,6 +69,8 @@ class ChildStore(NamedTuple):
 
     backend: str
     config: dict[str, Any]
+    #: How errors name it; "": they need not.
+    label: str = ""
 
 
 class BackendSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -195,7 +197,7 @@ def _divide(text: str | None) -> tuple[PrefetchSettings, StoreSettings, dict[str
         raise UserError(f"the extra config is {size_bytes} bytes long; at most {LARGEST_CONFIG_BYTES} are allowed")
     try:
         config = msgspec.json.decode(text) if text else {}
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise UserError(f"the extra config is not valid JSON ({error}); give one JSON object") from error
     if not isinstance(config, dict):
         raise UserError(f"the extra config is a JSON {type(config).__name__}; give one JSON object like {{}}")

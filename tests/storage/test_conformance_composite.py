@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sglang_hicache.storage.conformance import CHECKS, Make
+from sglang_hicache.storage.conformance import CHECKS, Make, check_readers_see_whole_pages
 from sglang_hicache.storage.conformance_faults import (
     SABOTAGES,
     check_damage_at_every_byte,
@@ -64,3 +64,24 @@ def test_a_saboteur_costs_pages_and_nothing_else_with_encryption(which: str, cal
 @pytest.mark.parametrize("check", [check_damage_at_every_byte, check_pages_cut_at_every_byte])
 def test_damage_at_any_byte_is_a_miss(check: Callable[..., None], which: str, root: Path) -> None:
     check(_maker(which, root))
+
+
+#: What one store inside may do without anybody noticing: what costs it pages, but no lie about what is there, and no
+#: answer that nobody else could give (who fails to read what the other does not have leaves it unknown).
+_SICK = [
+    *((call, kind) for call, kind in SABOTAGES if call in ("write", "touch", "set_aside")),
+    *(("read", kind) for kind in ("flip", "short", "disappear", "duplicate", "slow", "twice")),
+    *(("exists", kind) for kind in ("error", "none", "wrong_type")),
+]
+
+
+@pytest.mark.parametrize("name", ["tiered", "mirror"])
+@pytest.mark.parametrize(("call", "kind"), _SICK)
+def test_one_sick_store_inside_breaks_no_contract(name: str, call: str, kind: str) -> None:
+    fault = {"kind": kind, "share": 0.5, "delay_ms": 0.1}
+    sick = {"backend": "faulty", "extra_config": {"inner": "memory", "faults": {call: fault}}}
+    key = "tiers" if name == "tiered" else "copies"
+    for check in CHECKS:
+        # A page that is damaged here, and deleted elsewhere a moment later, is rightly called damaged.
+        if call != "read" or check is not check_readers_see_whole_pages:
+            check(lambda: pages.backend(name, {key: [sick, {"backend": "memory"}]}))

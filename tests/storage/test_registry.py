@@ -10,6 +10,7 @@ import pytest
 
 from sglang_hicache.errors import UserError
 from sglang_hicache.storage import registry
+from sglang_hicache.storage.composite_settings import MirrorSettings, TieredSettings
 from sglang_hicache.storage.dynamic_settings import DynamicSettings
 from sglang_hicache.storage.fault_tolerance import FaultTolerance
 from sglang_hicache.storage.faulty_settings import Fault, FaultySettings
@@ -129,7 +130,9 @@ def test_time_of_the_negative_cache_is_checked(value: str) -> None:
         store_settings(f'{{"negative_ttl_s": {value}}}')
 
 
-@pytest.mark.parametrize("text", ["{", "nonsense", '{"prefetch_timeout_base": NaN}', "[]", "1", '"x"', "null"])
+@pytest.mark.parametrize(
+    "text", ["{", "[" * 30_000, "nonsense", '{"prefetch_timeout_base": NaN}', "[]", "1", '"x"', "null"]
+)
 def test_only_a_json_object_is_a_config(text: str) -> None:
     with pytest.raises(UserError, match="give one JSON object"):
         registry.split_extra_config(text)
@@ -178,5 +181,6 @@ def test_every_key_is_documented() -> None:
     known = {*COMMON_KEYS, *FileSettings.__struct_fields__, *MemorySettings.__struct_fields__}
     known |= {*FaultTolerance.__struct_fields__}
     known |= {*DynamicSettings.__struct_fields__} - {DynamicSettings.REST}
+    known |= {*TieredSettings.__struct_fields__, *MirrorSettings.__struct_fields__}
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == known
