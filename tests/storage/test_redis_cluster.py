@@ -129,6 +129,17 @@ def test_a_slot_that_is_on_its_way_is_asked_for_at_both_ends(cluster: Cluster, o
             _give_away(cluster, slot, owner)
 
 
+def test_the_least_rights_in_a_cluster(cluster: Cluster, open_backend: Open) -> None:
+    """As docs/stores/redis.md says."""
+    rights = "+get +set +strlen +exists +touch +expire +unlink +scan +select +ping +cluster|slots +command +asking"
+    for node in cluster.nodes:
+        node.run("ACL", "SETUSER", "pages", "reset", "on", ">geheim-3", "~hicache/*", "-@all", *rights.split())
+    backend = _open(open_backend, cluster, username="pages", password="geheim-3")
+    assert write(backend, _COUNT) == read(backend, _COUNT) == BatchResult(_COUNT)
+    assert backend.clear_blocking(pages.NAMESPACE) == _COUNT
+    assert backend.info()["max_memory"] == "unknown"
+
+
 def test_a_node_dies_and_comes_back(tmp_path: Path, open_backend: Open) -> None:
     """Its pages are a fault of the call, those of the others stay; when it is back, the next call goes through."""
     with redis_cluster(tmp_path) as mortal:
