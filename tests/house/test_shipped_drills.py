@@ -17,7 +17,7 @@ SHIPPED = sorted((ROOT / "scripts" / "drills").glob("*.toml"))
 #: What the project promises to ship.
 NAMES = {
     "hung-backend", "slow-backend", "flapping", "disk-full", "kill-storage-process", "kill-redis",
-    "failover-and-back", "hot-upgrade", "bad-config", "restart-warm",
+    "kill-s3", "kill-mooncake", "failover-and-back", "hot-upgrade", "bad-config", "restart-warm",
 }  # fmt: skip
 
 RECORDS = [
