@@ -23,6 +23,8 @@ from sglang_hicache.config import (
     ServerConfig,
     StorageConfig,
 )
+from sglang_hicache.connectors.source import RemoteModel, fetch_blocking
+from sglang_hicache.connectors.url import filled_in, is_url, parse_url, shows_password
 from sglang_hicache.errors import UserError
 from sglang_hicache.extra_config import extra_config_json
 from sglang_hicache.model_facts import ModelFacts, model_directory, read_model_facts
@@ -61,20 +63,22 @@ def resolve(
     _check_exclusions(args)
     http = _http(args, environment, rewrites)
     storage = _storage(args)
-    directory = model_directory(args.model_path, "--model-path")
-    facts = read_model_facts(directory)
+    found = _model(args, run_dir, environment, rewrites)
+    facts = read_model_facts(found.directory, found.weights_bytes)
     dtype = _dtype(args, facts, rewrites)
     context_length = _context_length(args, facts)
     pool = pool_config(args, facts, dtype, memory, rewrites)
     model = ModelConfig(
-        path=directory,
-        tokenizer_path=model_directory(args.tokenizer_path, "--tokenizer-path") if args.tokenizer_path else directory,
-        served_name=args.served_model_name or _served_name(args.model_path, directory),
+        path=found.directory,
+        weights_url=found.url,
+        public_url=found.public_url,
+        tokenizer_path=_tokenizer_path(args, found.directory),
+        served_name=args.served_model_name or _served_name(args.model_path, found.directory),
         dtype=dtype,
         device=args.device,
         context_length=context_length,
         deterministic=args.enable_deterministic_inference,
-        weights_digest=weights_digest(directory),
+        weights_digest=found.weights_digest or weights_digest(found.directory),
         random_seed=args.random_seed,
         eos_token_ids=facts.eos_token_ids,
         vocab_size=facts.vocab_size,
@@ -120,6 +124,26 @@ def _check_exclusions(args: argparse.Namespace) -> None:
         raise UserError(f"--hicache-config-dir {args.hicache_config_dir!r} is no directory")
 
 
+def _model(args: argparse.Namespace, run_dir: str, environment: Mapping[str, str], rewrites: list[str]) -> RemoteModel:
+    """A directory, or what the run has of a model in a store."""
+    if not is_url(args.model_path):
+        return RemoteModel(model_directory(args.model_path, "--model-path"))
+    try:
+        url = filled_in(args.model_path, environment)
+        if shows_password(args.model_path):
+            rewrites.append(
+                "--model-path: every user of this machine can see its password in ps; ${env.NAME} in its place hides it"
+            )
+        found = fetch_blocking(url, Path(run_dir, "model"))
+    except UserError as error:
+        raise UserError(f"--model-path: {error}") from error
+    return found if found.url else RemoteModel(model_directory(found.directory, "--model-path"))
+
+
+def _tokenizer_path(args: argparse.Namespace, directory: str) -> str:
+    return model_directory(args.tokenizer_path, "--tokenizer-path") if args.tokenizer_path else directory
+
+
 def _dtype(args: argparse.Namespace, facts: ModelFacts, rewrites: list[str]) -> str:
     """The dtype to compute in; float16 is slow and partly missing on CPU."""
     asked = _DTYPES.get(args.dtype, args.dtype)
@@ -148,6 +172,8 @@ def _context_length(args: argparse.Namespace, facts: ModelFacts) -> int:
 def _served_name(path_or_id: str, directory: str) -> str:
     if directory == str(Path(BUILTIN_MODEL_PATH).resolve()):
         return BUILTIN_MODEL_NAME
+    if is_url(path_or_id):
+        return parse_url(path_or_id).name
     return Path(directory).name if Path(path_or_id).is_dir() else path_or_id
 
 
