@@ -21,6 +21,7 @@ from sglang_hicache.storage.backend import OpenContext, StorageBackend
 from sglang_hicache.storage.composite_settings import MirrorSettings, TieredSettings
 from sglang_hicache.storage.dynamic_settings import ALIASES, DynamicSettings
 from sglang_hicache.storage.faulty_settings import FaultySettings
+from sglang_hicache.storage.mooncake_settings import MooncakeSettings
 from sglang_hicache.storage.redis_settings import RedisSettings
 from sglang_hicache.storage.s3_settings import S3Settings
 from sglang_hicache.storage.settings import (
@@ -69,6 +70,9 @@ _SPECS = {
         ),
         BackendSpec("memory", "sglang_hicache.storage.memory", "MemoryBackend", MemorySettings),
         BackendSpec("dynamic", "sglang_hicache.storage.dynamic", "DynamicBackend", DynamicSettings),
+        BackendSpec(
+            "mooncake", "sglang_hicache.storage.mooncake", "MooncakeBackend", MooncakeSettings, extra="mooncake"
+        ),
         BackendSpec("redis", "sglang_hicache.storage.redis", "RedisBackend", RedisSettings, extra="redis"),
         BackendSpec("s3", "sglang_hicache.storage.s3", "S3Backend", S3Settings, extra="s3"),
         BackendSpec("tiered", "sglang_hicache.storage.tiered", "TieredBackend", TieredSettings, remakes=True),
@@ -183,6 +187,16 @@ def _class(found: BackendSpec) -> Any:
         raise StorageError(
             f"the backend {found.name!r} needs the package {error.name!r}, which is not installed here: "
             f"pip install 'sglang-hicache[{found.extra}]'",
+            "refused",
+            "missing_library",
+        ) from error
+    except ImportError as error:
+        if not found.extra:
+            raise
+        # The package is there, and something below it is not: a shared library of the system, most often.
+        raise StorageError(
+            f"the backend {found.name!r} is installed (sglang-hicache[{found.extra}]), but its library does not load "
+            f"here: {error}",
             "refused",
             "missing_library",
         ) from error
