@@ -121,7 +121,8 @@ class StagingPool(HostKVCache):
 
     def copies(self, slots: range) -> list[torch.Tensor]:
         """The same as tensors of their own: a plug-in may keep what it is given, as SGLang gives it copies too."""
-        return [tensor.clone() for tensor in self.tensors(slots)]
+        # Not `clone`: torch would wake its threads for each of them.
+        return [torch.frombuffer(bytearray(self.value(slot)), dtype=torch.uint8) for slot in slots]
 
     def fill(self, slot: int, page: OutgoingPage) -> None:
         """Put a page into a slot."""
