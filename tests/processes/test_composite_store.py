@@ -12,11 +12,17 @@ from sglang_hicache import wire
 from sglang_hicache.storage import registry
 from sglang_hicache.storage.fault_control import write_faults
 from sglang_hicache.storage.faulty_settings import Fault
+from tests.processes.server import Server, cached
 from tests.processes.storage_world import Rank, keys
+from tests.processes.test_same_text import EXACT, QUESTIONS, SYSTEM, ids
 from tests.servers.redis import RedisServer
 
 Start = Callable[..., Rank]
 
+_FLAGS = (
+    *EXACT, "--enable-hierarchical-cache", "--max-total-tokens", "768", "--hicache-ratio", "8", "--check-rank-digests",
+    "--hicache-upload-rate", "0",
+)  # fmt: skip
 _DEAD = {call: Fault(kind="error") for call in ("exists", "read", "write", "touch", "delete", "set_aside", "clear")}
 
 
@@ -37,11 +43,16 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 
 
 @pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A Redis server that is not started yet."""
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.kill_blocking()
+def program(tmp_path_factory: pytest.TempPathFactory) -> RedisServer:
+    """A port and a folder for a Redis server."""
+    return RedisServer(tmp_path_factory.mktemp("redis"))
+
+
+@pytest.fixture
+def redis(program: RedisServer) -> Iterator[RedisServer]:
+    """A Redis server that is not started yet, and does not outlive the test."""
+    yield program
+    program.kill_blocking()
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -105,7 +116,6 @@ def test_a_store_that_was_not_there_at_the_attach_joins_when_it_is(
         rank.read(op_id, 5)  # what the first copy lacks is read from the second, and copied to the first
         assert rank.end_of(op_id).pages == 5
     assert _last_stats(rank)["copied_pages"] > 0
-    redis.kill_blocking()
 
 
 def test_pages_of_a_killed_near_tier_come_from_the_far_one(start: Start, tmp_path: Path, redis: RedisServer) -> None:
@@ -130,4 +140,43 @@ def test_pages_of_a_killed_near_tier_come_from_the_far_one(start: Start, tmp_pat
         assert rank.end_of(op_id).pages == 10
     stats = _last_stats(rank)
     assert stats["copied_pages"] >= 10 and stats["away_stores"] == 0
-    redis.kill_blocking()
+
+
+@pytest.mark.long
+def test_same_tokens_through_tiers_and_through_a_mirror_that_loses_a_copy(tmp_path: Path, redis: RedisServer) -> None:
+    """A whole server of two ranks: tiers of memory and files, then a mirror whose Redis is killed and comes back."""
+    redis.start_blocking()
+    in_redis = {"backend": "redis", "extra_config": {"url": redis.url, "connect_timeout_s": 0.5}}
+    stores = {
+        "tiered": {"tiers": [{"backend": "memory"}, _file(tmp_path / "tier")]},
+        "mirror": {"copies": [in_redis, _file(tmp_path / "copy")], "retry_initial_s": 0.05, "retry_max_s": 0.05},
+    }
+    prompts = [SYSTEM + question for question in QUESTIONS[:3]]
+
+    def asked(server: Server) -> list[int]:
+        """Tokens of each prompt that came from the store, and none of the wrong ones."""
+        server.flush()
+        replies = [server.generate(prompt) for prompt in prompts]
+        assert ids(replies) == wanted
+        return [cached(reply).get("storage", 0) for reply in replies]
+
+    with Server(tmp_path / "s", *_FLAGS, tp_size=2) as server:
+        wanted = ids([server.generate(prompt) for prompt in prompts])
+        for name, config in stores.items():
+            reply = server.attach_store(name, config, switch=True, mode="drain")
+            assert reply.status_code == 200, reply.text
+            server.wait_until(lambda ranks: all(len(rank["places"]) == 1 for rank in ranks), "the old store is gone")
+            assert asked(server)[0] == 0, "the store was not empty"
+            server.quiesce()
+            assert min(asked(server)) > 0, name
+        redis.kill_blocking()
+        assert min(asked(server)) > 0, "the other copy has it all"
+        server.wait_until(lambda ranks: all(rank["backend_stats"]["away_stores"] == 1 for rank in ranks), "told")
+        redis.start_blocking()
+
+        def is_back(ranks: list[dict[str, Any]]) -> bool:
+            asked(server)  # only traffic tries a store again
+            return all(rank["backend_stats"]["away_stores"] == 0 for rank in ranks)
+
+        status = server.wait_until(is_back, "the copy is used again")
+        assert {rank["state"] for rank in status["ranks"]} == {"attached"}, "nobody outside had anything to do"
