@@ -7,6 +7,9 @@ at all, so that no reader sees a part of a page; nothing is cached here that a s
 A batch is written side by side, and a page that fails does not take those back that come behind it.  They are harmless:
 look-ups stop at the first gap, so nobody reaches them before their parent is there, and then they are what they say.
 
+The library sends a page from where it is.  A request that was given up may read it for a moment more, when other bytes
+are there already; what a server would make of that has a wrong checksum, and a wrong signature where there is one.
+
 It makes no bucket, sets no lifecycle and deletes nothing but pages of ours below its prefix.
 """
 
@@ -47,6 +50,7 @@ class S3Backend(StorageBackend):
         self._writers = SideBySide("s3 write", settings.parallel)
         self._counters = SharedCounters()
         self._bucket: S3Bucket | None = None
+        self._part_bytes = settings.multipart_bytes()
         self._is_conditional = settings.conditional_put
 
     def __repr__(self) -> str:
@@ -163,17 +167,18 @@ class S3Backend(StorageBackend):
 
     def _put_blocking(self, page: OutgoingPage, only_new: bool) -> bool:
         bucket, key, content = self._open_bucket, _key(page.name), (page.header(), page.payload)
-        part_bytes = self._settings.multipart_bytes()
         self._count("put")
-        if not only_new:
-            return bucket.put_blocking(key, content, part_bytes=part_bytes)
+        in_parts = self._part_bytes is not None and page.size_bytes > self._part_bytes
+        if in_parts or not only_new:
+            # Parts are put together by one more request, which knows no condition.
+            return bucket.put_blocking(key, content, part_bytes=self._part_bytes)
         try:
             return bucket.put_blocking(key, content, only_new=True)
         except StorageError as error:
             if error.code != "bad_config":
                 raise
             self._count("put")
-            bucket.put_blocking(key, content, part_bytes=part_bytes)
+            bucket.put_blocking(key, content, part_bytes=self._part_bytes)
             self._is_conditional = False
             _logger.warning("the server does not know conditional writes (%s); it is not asked for them again", error)
             return True

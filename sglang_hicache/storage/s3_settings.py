@@ -47,11 +47,11 @@ class S3Settings(BackendSettings, frozen=True, kw_only=True):
     sign_payload: bool | None = None
     #: Requests at a time for one batch; look-ups and reads have as many of their own as writes.
     parallel: int = 16
-    #: Seconds until a connection is there, and for a request from its first byte to its last.
+    #: Seconds until a connection is there, and for one try of a request from its first byte to its last.
     connect_timeout_s: float = 2.0
     timeout_s: float = 5.0
-    #: How often a request is tried again that the server put off or that broke, within `timeout_s` and with growing,
-    #: jittered waits.
+    #: How often a request is tried again that the server put off or that broke, with growing, jittered waits; no try
+    #: is begun later than `timeout_s` after the first.
     retries: int = 2
     #: Ask the server to refuse a page that is there already; one that does not know how is found out.
     conditional_put: bool = True
