@@ -152,6 +152,6 @@ def _environment() -> dict[str, str]:
     package_root = str(Path(sglang_hicache.__file__).resolve().parents[1])
     inherited = os.environ.get("PYTHONPATH", "")
     path = os.pathsep.join(filter(None, (package_root, inherited)))
-    # Nothing is computed there.  Tensors of a plug-in would wake a thread for each core to be copied, and wait for those
-    # that the model keeps busy: on a loaded machine that made copies five times slower and more.
+    # Nothing is computed there.  Tensors of a plug-in would wake a thread for each core to be copied, and wait for
+    # those that the model keeps busy: on a loaded machine that made copies five times slower and more.
     return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}

@@ -52,7 +52,9 @@ def class_blocking(module_path: str, class_name: str, backend_name: str) -> type
         module = importlib.import_module(module_path)  # lazy door: the operator names it
     except ImportError as error:
         raise _missing(module_path, backend_name, error) from error
-    found = vars(module).get(class_name)
+    except SystemExit as error:
+        raise StorageError(f"the plug-in {module_path} ends the process that imports it", "refused") from error
+    found = getattr(module, class_name, None)
     if not isinstance(found, type):
         raise StorageError(f"the module {module_path} has no class {class_name}", "refused", "bad_config")
     return found

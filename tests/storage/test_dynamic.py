@@ -195,6 +195,7 @@ def test_the_pool_says_of_itself_what_sglangs_says(opened: Any) -> None:
         ("nowhere:Class", r"the plug-in nowhere needs 'nowhere'.*PYTHONPATH", "missing_library"),
         (f"{HOME}.shapes:Nothing", "has no class Nothing", "bad_config"),
         (f"{HOME}.shapes:NOT_A_CLASS", "has no class NOT_A_CLASS", "bad_config"),
+        (f"{HOME}.quits:Store", "ends the process that imports it", "other"),
         (f"{HOME}.shapes:Bare", "has no set, which the interface v0 needs", "bad_config"),
         (f"{HOME}.shapes:Unmakeable", "cannot be made: ConnectionRefusedError", "refused"),
         (f"{HOME}.shapes:Unready", "wants another page size", "other"),

@@ -1,0 +1,3 @@
+"""A module that is a program, and ends."""
+
+raise SystemExit(2)
