@@ -90,6 +90,8 @@ class RedisSettings(BackendSettings, frozen=True, kw_only=True):
             raise ValueError(
                 f"prefix={self.prefix!r} is not allowed; it takes 1 to {_LONGEST_PREFIX} bytes that can be printed"
             )
+        if self.mode == "cluster" and "{" in self.prefix:
+            raise ValueError(f"prefix={self.prefix!r} has a {{: a cluster may put all pages on one node because of it")
 
     def _check_mode(self) -> None:
         if (self.mode == "sentinel") != bool(self.service_name):

@@ -54,6 +54,17 @@ def answers(ask: Callable[[], object]) -> bool:
     return False
 
 
+def holds(ask: Callable[[], bool]) -> Callable[[], bool]:
+    """Is something so, as far as anybody answers?  A server that changes its role sends its clients away."""
+
+    def is_so() -> bool:
+        with contextlib.suppress(redis.RedisError, OSError):
+            return ask()
+        return False
+
+    return is_so
+
+
 class RedisServer(Program):
     """One server on a loopback port, which it keeps when it is started again; nothing on disk unless asked for."""
 
@@ -110,15 +121,20 @@ class Cluster:
         return self.nodes[0].url
 
 
+def bus_port() -> tuple[str, str]:
+    """What gives a node a port to talk to other nodes: the one that it would take is 10000 above its own, where there
+    may be none."""
+    return "--cluster-port", str(free_port())
+
+
 @contextlib.contextmanager
 def redis_cluster(folder: Path, masters: int = 3, *options: str) -> Iterator[Cluster]:
     """A cluster of masters alone, ready for every slot."""
     with contextlib.ExitStack() as stack:
         nodes = []
-        # A port of its own: the one that a node takes by itself is 10000 above the other, where there may be none.
-        bus_ports = [free_port() for _ in range(masters)]
-        for number, bus_port in enumerate(bus_ports):
-            extra = ("--cluster-enabled", "yes", "--cluster-port", str(bus_port), *options)
+        buses = [bus_port() for _ in range(masters)]
+        for number, bus in enumerate(buses):
+            extra = ("--cluster-enabled", "yes", *bus, *options)
             nodes.append(stack.enter_context(redis_server(folder / f"node{number}", *extra)))
         share = -(-SLOTS // masters)
         for number, node in enumerate(nodes):
@@ -127,7 +143,7 @@ def redis_cluster(folder: Path, masters: int = 3, *options: str) -> Iterator[Clu
             first = number * share
             node.run("CLUSTER", "ADDSLOTSRANGE", first, min(first + share, SLOTS) - 1)
             if number:
-                node.run("CLUSTER", "MEET", "127.0.0.1", nodes[0].port, bus_ports[0])
+                node.run("CLUSTER", "MEET", "127.0.0.1", nodes[0].port, buses[0][1])
         _wait(lambda: all(_is_whole(node, masters) for node in nodes), "the cluster does not come together")
         yield Cluster(nodes)
 
@@ -138,6 +154,23 @@ def _is_whole(node: RedisServer, masters: int) -> bool:
     assert isinstance(told, bytes), told
     wanted = {b"cluster_state:ok", b"cluster_size:%d" % masters, b"cluster_slots_ok:%d" % SLOTS}
     return wanted <= set(told.split())
+
+
+@contextlib.contextmanager
+def cluster_replica(folder: Path, cluster: Cluster) -> Iterator[RedisServer]:
+    """A replica of the first node, which has caught up and whom all nodes know."""
+    master = cluster.nodes[0]
+    hasty = ("--cluster-node-timeout", "1000")
+    with redis_server(folder / "replica", "--cluster-enabled", "yes", *hasty, *bus_port()) as replica:
+        bus = int(master.run("CONFIG", "GET", "cluster-port")[1])
+        replica.run("CLUSTER", "MEET", "127.0.0.1", master.port, bus)
+        of = master.run("CLUSTER", "MYID").decode()
+        _wait(holds(lambda: replica.run("CLUSTER", "REPLICATE", of) == b"OK"), "the replica does not know its master")
+        _wait(holds(lambda: b"connected" in replica.run("ROLE")), "the replica does not find its master")
+        # In a list of slots a replica stands behind its master.
+        known = holds(lambda: all(len(slots) > 3 for slots in master.run("CLUSTER", "SLOTS")))
+        _wait(known, "the master does not name its replica")
+        yield replica
 
 
 class Watched:
@@ -158,8 +191,8 @@ class Watched:
 
     def wait_for_failover_blocking(self) -> None:
         """Until the replica is the master, and the sentinel says so to whoever asks."""
-        _wait(lambda: b"master" in self.replica.run("ROLE"), "the replica does not become master")
-        _wait(lambda: self._master_port() == self.replica.port, "the sentinel names the old master")
+        _wait(holds(lambda: b"master" in self.replica.run("ROLE")), "the replica does not become master")
+        _wait(holds(lambda: self._master_port() == self.replica.port), "the sentinel names the old master")
 
     def _master_port(self) -> int:
         with client(self.sentinel_port, password=self._password) as asked:
@@ -260,6 +293,30 @@ class TlsServer(RedisServer):
     def tls_url(self) -> str:
         """Of the port that speaks TLS."""
         return f"rediss://127.0.0.1:{self.tls_port}"
+
+
+@contextlib.contextmanager
+def tls_sentinel(folder: Path, certificates: Certificates, master_port: int) -> Iterator[int]:
+    """A sentinel that speaks TLS alone, with its clients and with the master; its port."""
+    folder.mkdir()
+    port = free_port()
+    cert, key = certificates.make("sentinel", ["127.0.0.1"])
+    (folder / "sentinel.conf").write_text(
+        f"port 0\ntls-port {port}\nbind 127.0.0.1\ndir {folder}\nsentinel monitor {Watched.SERVICE} 127.0.0.1 "
+        f"{master_port} 1\ntls-cert-file {cert}\ntls-key-file {key}\ntls-ca-cert-file {certificates.ca_file}\n"
+        "tls-auth-clients no\ntls-replication yes\n"
+    )
+
+    def answers_over_tls() -> bool:
+        asked = redis.Redis(
+            host="127.0.0.1", port=port, ssl=True, ssl_ca_certs=certificates.ca_file, protocol=2,
+            retry=Retry(NoBackoff(), 0),
+        )  # fmt: skip
+        with asked:
+            return answers(lambda: asked.execute_command("SENTINEL", "CKQUORUM", Watched.SERVICE))
+
+    with Program([needs_redis("redis-sentinel"), str(folder / "sentinel.conf")], folder, answers_over_tls):
+        yield port
 
 
 def _wait(holds: Callable[[], bool], what: str) -> None:

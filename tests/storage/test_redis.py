@@ -13,6 +13,7 @@ from sglang_hicache.storage.backend import PageResult, StorageBackend
 from sglang_hicache.storage.checked import BatchResult
 from sglang_hicache.storage.diagnosis import diagnose
 from sglang_hicache.storage.page_format import HEADER_BYTES, IncomingPage, OutgoingPage, PageName
+from sglang_hicache.storage.redis_servers import OneServer
 from tests.servers.program import free_port
 from tests.servers.redis import RedisServer, redis_server
 from tests.storage import pages
@@ -59,8 +60,8 @@ def empty_server(server: RedisServer) -> None:
 
 
 def _put_in_order(own: RedisServer) -> None:
-    own.run("FLUSHALL")
     own.run("REPLICAOF", "NO", "ONE")
+    own.run("FLUSHALL")
     own.run("CONFIG", "SET", "maxmemory", "0", "maxmemory-policy", "noeviction")
 
 
@@ -93,6 +94,18 @@ def test_large_batches_arrive_whole(
     server.run("DEL", name(2))
     assert read(backend, count, size=size) == BatchResult(1, reason="miss")
     assert read(backend, count - 2, first=3, size=size).pages == count - 2
+
+
+def test_what_is_behind_a_gap_is_not_fetched(server: RedisServer, open_backend: Open) -> None:
+    """Large pages are asked for two at a time: nobody needs the third one when the first is missing."""
+    backend = open_backend("redis", {"url": server.url})
+    size = 8 * _MIB
+    write(backend, 3, first=2, size=size)
+    server.run("CONFIG", "RESETSTAT")
+    outcomes = backend.read_blocking([_incoming(number, size) for number in (1, 2, 3, 4)])
+    assert outcomes == [PageResult.MISS, PageResult.HIT]
+    with server.client() as asked:
+        assert asked.info("commandstats")["cmdstat_get"]["calls"] == 2
 
 
 def test_databases_and_prefixes_keep_stores_apart(server: RedisServer, open_backend: Open) -> None:
@@ -425,6 +438,31 @@ def test_a_replica_is_read_and_not_written(fragile: RedisServer, open_backend: O
     assert diagnose(caught.value, "redis").code == "read_only"
     fragile.run("REPLICAOF", "NO", "ONE")
     assert write(backend, 1, first=7) == BatchResult(1)
+
+
+def test_servers_are_looked_for_anew_when_one_is_lost(
+    fragile: RedisServer, open_backend: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not answer, or is no master any more; one that only complains is still the right one."""
+    lost: list[str] = []
+    backend = open_backend("redis", _config(fragile, timeout_s=0.3, connect_timeout_s=0.3))
+    monkeypatch.setattr(OneServer, "lost", lambda _: lost.append("lost"))
+    fragile.run("CONFIG", "SET", "maxmemory", "1")
+    assert write(backend, 1).reason.startswith("no_space: ")
+    assert lost == []
+    fragile.run("REPLICAOF", "127.0.0.1", free_port())
+    (outcome,) = backend.write_blocking([_outgoing(1)])
+    assert isinstance(outcome, StorageError) and outcome.code == "read_only" and len(lost) == 1
+    with pytest.raises(StorageError):
+        backend.delete_blocking(_names(1))
+    assert len(lost) == 2
+    fragile.pause()
+    try:
+        with pytest.raises(StorageError):
+            backend.exists_blocking(_names(1))
+    finally:
+        fragile.go_on()
+    assert len(lost) == 3
 
 
 @pytest.mark.parametrize(

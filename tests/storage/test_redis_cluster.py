@@ -13,7 +13,17 @@ from sglang_hicache.storage.backend import PageResult, StorageBackend
 from sglang_hicache.storage.checked import BatchResult
 from sglang_hicache.storage.diagnosis import diagnose
 from sglang_hicache.storage.page_format import IncomingPage, PageName
-from tests.servers.redis import Cluster, RedisServer, Watched, answers, client, redis_cluster, redis_with_sentinel
+from tests.servers.redis import (
+    Cluster,
+    RedisServer,
+    Watched,
+    answers,
+    client,
+    cluster_replica,
+    holds,
+    redis_cluster,
+    redis_with_sentinel,
+)
 from tests.storage import pages
 from tests.storage.conftest import Open
 from tests.storage.redis_world import look_up, name, names_on, read, write
@@ -162,6 +172,24 @@ def test_a_node_dies_and_comes_back(tmp_path: Path, open_backend: Open) -> None:
         assert write(backend, _COUNT) == read(backend, _COUNT) == BatchResult(_COUNT)
 
 
+@pytest.mark.long
+def test_a_replica_takes_the_place_of_a_node(tmp_path: Path, open_backend: Open) -> None:
+    """The backend has never heard of the replica as an owner: after a fault it asks again who has what."""
+    hasty = ("--cluster-node-timeout", "1000", "--repl-diskless-sync-delay", "0")
+    with redis_cluster(tmp_path, 1, *hasty) as alone, cluster_replica(tmp_path, alone) as replica:
+        reader, writer = _open(open_backend, alone), _open(open_backend, alone)
+        write(writer, _COUNT)
+        pages.wait_until(lambda: len(names_on(replica)) == _COUNT, "the replica does not follow")
+        alone.nodes[0].kill_blocking()
+        with pytest.raises(StorageError) as caught:
+            reader.exists_blocking(_names(_COUNT))
+        assert caught.value.reason == "io"
+        assert read(writer, 1).reason.startswith("io: ")
+        replica.run("CLUSTER", "FAILOVER", "TAKEOVER")
+        assert reader.exists_blocking(_names(_COUNT)) == _COUNT
+        assert write(writer, _COUNT + 3) == read(writer, _COUNT + 3) == BatchResult(_COUNT + 3)
+
+
 def _names(count: int) -> list[PageName]:
     return [pages.layout().name(key) for key in pages.keys(count)]
 
@@ -219,8 +247,8 @@ def test_a_master_that_steps_down_is_left(watched: Watched, open_backend: Open) 
     with client(watched.sentinel_port, password="waechter-5") as asked:
         order = lambda: asked.execute_command("SENTINEL", "FAILOVER", Watched.SERVICE)  # noqa: E731
         pages.wait_until(lambda: answers(order), "the sentinel finds no replica good enough")
-    arrives = lambda: write(backend, 3, first=50).pages == 3 and name(50) in names_on(watched.replica)  # noqa: E731
-    pages.wait_until(arrives, "the new master is not found")
+    arrived = holds(lambda: name(50) in names_on(watched.replica))
+    pages.wait_until(lambda: write(backend, 3, first=50).pages == 3 and arrived(), "the new master is not found")
 
 
 @pytest.mark.parametrize(
@@ -236,10 +264,11 @@ def test_sentinels_that_do_not_say(more: dict[str, str], code: str, watched: Wat
 
 
 def test_another_sentinel_of_the_list_is_asked(watched: Watched, open_backend: Open) -> None:
-    more = {"url": "redis://127.0.0.1:1", "nodes": [f"127.0.0.1:{watched.sentinel_port}"]}
+    more = {"url": "redis://127.0.0.1:1/2", "nodes": [f"127.0.0.1:{watched.sentinel_port}"]}
     backend = open_backend("redis", _sentinel_config(watched) | more)
     assert backend.write_blocking([]) == []
     assert write(backend, 1) == BatchResult(1)
+    assert names_on(watched.master, db=2) == {name(1)}
     assert backend.read_blocking([]) == []
     assert PageResult.HIT in backend.read_blocking([_incoming(1)])
 

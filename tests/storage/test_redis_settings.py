@@ -45,6 +45,7 @@ def _settings(**config: object) -> RedisSettings:
         ({"url": _URL, "prefix": ""}, "prefix='' is not allowed"),
         ({"url": _URL, "prefix": "a\n"}, "prefix"),
         ({"url": _URL, "prefix": "ä" * 101}, "1 to 200 bytes"),
+        ({"url": _URL, "prefix": "a{b}c", "mode": "cluster"}, "all pages on one node"),
         ({"url": _URL, "tls_ca_file": "/ca.pem"}, "begins with rediss://"),
         ({"url": "rediss://host", "tls_ca_file": "ca.pem"}, "tls_ca_file='ca.pem' is not allowed"),
         ({"url": "rediss://host", "tls_cert_file": "/c.pem"}, "go together"),

@@ -12,7 +12,7 @@ from sglang_hicache.errors import StorageError
 from sglang_hicache.storage.checked import BatchResult
 from sglang_hicache.storage.conformance import check_backend
 from sglang_hicache.storage.diagnosis import diagnose
-from tests.servers.redis import Certificates, TlsServer, redis_server
+from tests.servers.redis import SLOTS, Certificates, TlsServer, Watched, bus_port, redis_server, tls_sentinel
 from tests.storage import pages
 from tests.storage.conftest import Open
 from tests.storage.redis_world import read, write
@@ -113,6 +113,32 @@ def test_the_password_goes_through_tls_as_well(folder: Path, authority: Certific
         config = {"url": server.tls_url, "tls_ca_file": authority.ca_file, "username": "pages"}
         assert write(open_backend("redis", config | {"password": "geheim-77"}), 1) == BatchResult(1)
         assert _refused(open_backend, **config, password="falsch-88") == "wrong_password"
+
+
+def test_a_cluster_over_tls(folder: Path, authority: Certificates, open_backend: Open) -> None:
+    """Its nodes are found by the addresses, and the ports with TLS, that they announce."""
+    options = ("--cluster-enabled", "yes", "--tls-cluster", "yes", *bus_port())
+    with TlsServer(folder / "ring", authority, ["127.0.0.1"], *options) as node:
+        assert isinstance(node, TlsServer)
+        node.run("CLUSTER", "ADDSLOTSRANGE", 0, SLOTS - 1)
+        pages.wait_until(lambda: b"cluster_state:ok" in node.run("CLUSTER", "INFO"), "the node does not serve")
+        backend = open_backend("redis", {"url": node.tls_url, "mode": "cluster", "tls_ca_file": authority.ca_file})
+        assert write(backend, 9) == read(backend, 9) == BatchResult(9)
+
+
+def test_a_master_behind_sentinels_over_tls(folder: Path, authority: Certificates, open_backend: Open) -> None:
+    """The sentinel speaks TLS as well, and names the port of the master that does."""
+    with TlsServer(folder / "master", authority, ["127.0.0.1"]) as master:
+        assert isinstance(master, TlsServer)
+        with tls_sentinel(folder / "sentinel", authority, master.tls_port) as port:
+            backend = open_backend(
+                "redis",
+                {
+                    "url": f"rediss://127.0.0.1:{port}", "mode": "sentinel", "service_name": Watched.SERVICE,
+                    "tls_ca_file": authority.ca_file,
+                },
+            )  # fmt: skip
+            assert write(backend, 9) == read(backend, 9) == BatchResult(9)
 
 
 def test_a_plain_server_needs_no_certificate(tmp_path: Path, open_backend: Open) -> None:

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import redis
@@ -59,6 +60,18 @@ class Pieces:
         return len(piece)
 
 
+class Told(IncomingPage):
+    """Remembers what it was told."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.ends: list[int] = []
+
+    def arrived(self, end: int) -> None:
+        self.ends.append(end)
+        super().arrived(end)
+
+
 def _line(said: bytes, step: int) -> Line:
     return Line(Pieces(said, step))  # type: ignore[arg-type]
 
@@ -92,6 +105,16 @@ def test_replies_in_pieces_of_any_size() -> None:
         assert first.judge() is last.judge() is Verdict.GOOD, step
         assert line.reply() == 7
         line.expect_silence()
+
+
+def test_a_page_is_told_what_has_come() -> None:
+    """It is hashed piece by piece while it is warm in the cache of the processor."""
+    outgoing = _outgoing()
+    page = Told(pages.layout(size=_SIZE), pages.key(1), pages.empty(1, _SIZE)[0])
+    line = _line(_bulk(outgoing.header() + bytes(outgoing.payload)), 16)
+    assert line.receive_page(page) is PageResult.HIT
+    assert page.ends[-1] == _SIZE and page.ends == sorted(page.ends) and len(page.ends) > 1
+    assert page.judge() is Verdict.GOOD
 
 
 def test_a_missing_page_and_a_complaint() -> None:
