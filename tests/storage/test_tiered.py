@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from sglang_hicache.storage.backend import PageOutcome, PageResult
 from sglang_hicache.storage.checked import BatchResult
 from sglang_hicache.storage.composite_helper import Helper
 from sglang_hicache.storage.faulty import Gate
+from sglang_hicache.storage.faulty_settings import Fault
 from sglang_hicache.storage.page_format import IncomingPage
 from tests.storage import pages
 from tests.storage.composite_world import Composite
@@ -291,6 +295,42 @@ class TestCopying:
         helper.close_blocking()
         assert not helper.offer(1, lambda: None)
         assert seen == ["integer division or modulo by zero", "done"]
+
+
+class TestLanes:
+    @pytest.mark.parametrize("name", ["tiered", "mirror"])
+    def test_both_lanes_and_the_helper_at_once(self, composite: Make, name: str) -> None:
+        """One lane reads, the other writes, deletes and clears, one store fails now and then; read() compares."""
+        stores = composite(name, rooms={0: 8}, retry_initial_s=0.001, retry_max_s=0.001)
+        for call in ("read", "write", "exists"):
+            stores.inside[0]._faults[call] = Fault(kind="error", share=0.1)
+        chance = random.Random(1)
+
+        def write() -> None:
+            names = [pages.layout().name(key) for key in pages.keys(12)]
+            for _ in range(150):
+                stores.clock.now_s += 1
+                with suppress(StorageError):
+                    match chance.randrange(4):
+                        case 0:
+                            stores.backend.delete_blocking([chance.choice(names)])
+                        case 1:
+                            stores.store.clear_blocking()
+                        case _:
+                            stores.write(12)
+
+        with ThreadPoolExecutor(1) as lane:
+            writing = lane.submit(write)
+            while not writing.done():
+                with suppress(StorageError):
+                    stores.look_up(12)
+                    stores.read(12)
+            writing.result()
+        stores.sabotage(0)
+        stores.clock.now_s += 1
+        stores.idle()
+        stores.store.clear_blocking()
+        assert stores.held(0) == stores.held(1) == []
 
 
 class TestLife:
