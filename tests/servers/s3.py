@@ -84,13 +84,18 @@ class MotoServer(Program):
             assert connection.getresponse().status == 200
 
 
+def warm_up() -> None:
+    """Has the library start its threads: they stay as long as this process, and their descriptors would be taken for a
+    leak of the first test.  For fixtures of a module."""
+    with contextlib.suppress(StorageError):
+        bucket(free_port(), retries=0).check_blocking()
+
+
 @contextlib.contextmanager
 def warm(server: Program) -> Iterator[Program]:
-    """A server that runs, after the library has started its threads: they stay as long as this process, and their
-    descriptors would be taken for a leak of the first test."""
+    """A server that runs, and the library that asks it."""
+    warm_up()
     with server:
-        with contextlib.suppress(StorageError):
-            bucket(free_port(), retries=0).check_blocking()
         yield server
 
 

@@ -14,6 +14,11 @@ from sglang_hicache.remote.s3_client import S3Bucket, S3Endpoint
 from tests.servers import s3
 
 
+@pytest.fixture(scope="module", autouse=True)
+def library() -> None:
+    s3.warm_up()
+
+
 @pytest.fixture(scope="module", params=["rclone", "moto"])
 def port(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     kind = s3.RcloneServer if request.param == "rclone" else s3.MotoServer
