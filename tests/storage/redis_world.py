@@ -9,6 +9,7 @@ from sglang_hicache.errors import StorageError
 from sglang_hicache.storage.backend import StorageBackend
 from sglang_hicache.storage.checked import BatchResult
 from sglang_hicache.storage.object_name import DEFAULT_PREFIX, object_name
+from sglang_hicache.storage.page_format import IncomingPage, OutgoingPage, PageName
 from tests.servers.redis import RedisServer
 from tests.storage import pages
 
@@ -36,6 +37,21 @@ def look_up(backend: StorageBackend, count: int, *, first: int = 1) -> int:
 def name(number: int, prefix: str = DEFAULT_PREFIX) -> str:
     """What a page is called on the server."""
     return object_name(prefix, pages.layout().name(pages.key(number)))
+
+
+def page_names(count: int) -> list[PageName]:
+    """Of a chain."""
+    return [pages.layout().name(key) for key in pages.keys(count)]
+
+
+def incoming(number: int, size: int = pages.PAGE_BYTES) -> IncomingPage:
+    """Room for a page."""
+    return IncomingPage(pages.layout(size=size), pages.key(number), pages.empty(1, size)[0])
+
+
+def outgoing(number: int, size: int = pages.PAGE_BYTES) -> OutgoingPage:
+    """A page of its own."""
+    return OutgoingPage(pages.layout(size=size), pages.key(number), pages.content(number, size), b"", 0)
 
 
 def names_on(server: RedisServer, db: int = 0) -> set[str]:

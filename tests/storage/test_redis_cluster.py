@@ -12,7 +12,6 @@ from sglang_hicache.errors import StorageError
 from sglang_hicache.storage.backend import PageResult, StorageBackend
 from sglang_hicache.storage.checked import BatchResult
 from sglang_hicache.storage.diagnosis import diagnose
-from sglang_hicache.storage.page_format import IncomingPage, PageName
 from tests.servers.redis import (
     Cluster,
     RedisServer,
@@ -26,7 +25,7 @@ from tests.servers.redis import (
 )
 from tests.storage import pages
 from tests.storage.conftest import Open
-from tests.storage.redis_world import look_up, name, names_on, read, write
+from tests.storage.redis_world import incoming, look_up, name, names_on, page_names, read, write
 
 _COUNT = 30
 
@@ -163,7 +162,7 @@ def test_a_node_dies_and_comes_back(tmp_path: Path, open_backend: Open) -> None:
             result = read(backend, _COUNT)
             assert result.pages == first - 1 and result.reason.startswith("io: "), result
             with pytest.raises(StorageError) as caught:
-                backend.exists_blocking(_names(_COUNT))
+                backend.exists_blocking(page_names(_COUNT))
             assert caught.value.reason == "io"
         there = [number for number in range(1, _COUNT + 1) if number not in gone]
         assert [read(backend, 1, first=number).pages for number in there] == [1] * len(there)
@@ -182,16 +181,12 @@ def test_a_replica_takes_the_place_of_a_node(tmp_path: Path, open_backend: Open)
         pages.wait_until(lambda: len(names_on(replica)) == _COUNT, "the replica does not follow")
         alone.nodes[0].kill_blocking()
         with pytest.raises(StorageError) as caught:
-            reader.exists_blocking(_names(_COUNT))
+            reader.exists_blocking(page_names(_COUNT))
         assert caught.value.reason == "io"
         assert read(writer, 1).reason.startswith("io: ")
         replica.run("CLUSTER", "FAILOVER", "TAKEOVER")
-        assert reader.exists_blocking(_names(_COUNT)) == _COUNT
+        assert reader.exists_blocking(page_names(_COUNT)) == _COUNT
         assert write(writer, _COUNT + 3) == read(writer, _COUNT + 3) == BatchResult(_COUNT + 3)
-
-
-def _names(count: int) -> list[PageName]:
-    return [pages.layout().name(key) for key in pages.keys(count)]
 
 
 # Sentinel
@@ -218,7 +213,7 @@ def test_the_replica_takes_the_place_of_its_master(watched: Watched, open_backen
     pages.wait_until(lambda: len(names_on(watched.replica)) == 9, "the replica does not follow")
     watched.master.kill_blocking()
     with pytest.raises(StorageError) as caught:
-        backend.exists_blocking(_names(9))
+        backend.exists_blocking(page_names(9))
     assert caught.value.reason == "io"
     watched.wait_for_failover_blocking()
     assert read(backend, 9) == BatchResult(9)
@@ -270,10 +265,4 @@ def test_another_sentinel_of_the_list_is_asked(watched: Watched, open_backend: O
     assert write(backend, 1) == BatchResult(1)
     assert names_on(watched.master, db=2) == {name(1)}
     assert backend.read_blocking([]) == []
-    assert PageResult.HIT in backend.read_blocking([_incoming(1)])
-
-
-def _incoming(number: int) -> IncomingPage:
-    return IncomingPage(pages.layout(), pages.key(number), pages.empty(1)[0])
-
-
+    assert PageResult.HIT in backend.read_blocking([incoming(1)])
