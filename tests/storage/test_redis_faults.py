@@ -18,6 +18,7 @@ from tests.servers.redis import RedisServer, redis_server
 from tests.storage import pages
 from tests.storage.conftest import Open
 from tests.storage.redis_world import in_thread, incoming, look_up, names_on, outgoing, page_names, read, write
+from tests.storage.test_dry_run import dry_run
 
 _MIB = 1 << 20
 _PASSWORD = "geheim-wort-77"
@@ -326,3 +327,21 @@ def _thrown(call: object) -> object:
         return call()[0]
     except StorageError as error:
         return error
+
+
+@pytest.mark.parametrize(
+    ("more", "step", "code"),
+    [
+        ({}, "", ""),
+        ({"password": "wrong-word-99"}, "connect", "wrong_password"),
+        ({"url": "redis://127.0.0.1:1"}, "connect", "refused"),
+        ({"url": "redis://:wrong-word-99@127.0.0.1:1x"}, "connect", "bad_config"),
+    ],
+)
+def test_a_dry_run_says_why(more: dict[str, str], step: str, code: str, fragile: RedisServer) -> None:
+    """And leaves nothing on the server."""
+    report = dry_run("redis", _config(fragile, **more))
+    assert (report.failed_step, report.code) == (step, code), report
+    assert _PASSWORD not in str(report) and "wrong-word-99" not in str(report)
+    assert report.read_page_s > 0 or code
+    assert fragile.run("DBSIZE") == 0
