@@ -143,13 +143,14 @@ class StoredModel:
             ) from error
 
 
-def patiently_blocking(call: Callable[[], T]) -> T:
-    """What the call returns; what may get better by itself is tried again, a few seconds long."""
+def patiently_blocking(call: Callable[[], T], given_up: threading.Event | None = None) -> T:
+    """What the call returns; what may get better by itself is tried again, a few seconds long, unless somebody has
+    given up meanwhile."""
+    pause = given_up or threading.Event()
     for pause_s in _PAUSES_S:
         try:
             return call()
         except StorageError as error:
-            if error.reason != "io":
+            if error.reason != "io" or pause.wait(pause_s):
                 raise
-        threading.Event().wait(pause_s)
     return call()

@@ -8,6 +8,7 @@ that it lists is there.  An upload that was cut off leaves chunks, which the nex
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -54,6 +55,8 @@ class Upload:
         self._told = told
         self._overwrite = overwrite
         self._written_bytes = self._skipped_bytes = 0
+        #: Nobody waits for a write any more.
+        self._given_up = threading.Event()
         self._writing: deque[tuple[Future[None], int]] = deque()
 
     def run_blocking(self) -> Saved:
@@ -70,6 +73,7 @@ class Upload:
             while self._writing:
                 self._settle_one_blocking()
         finally:
+            self._given_up.set()
             pool.shutdown(wait=True, cancel_futures=True)
         manifest = Manifest(chunk_bytes=self._source.chunk_bytes, files=files)
         keys = {place.key: place.size_bytes for file in files for place in _places(manifest, file)}
@@ -125,7 +129,7 @@ class Upload:
     def _write(self, pool: ThreadPoolExecutor, key: str, data: Buffer) -> None:
         if len(self._writing) >= _WRITERS:
             self._settle_one_blocking()
-        call = pool.submit(patiently_blocking, lambda: self._place.write_blocking(key, bytes(data)))
+        call = pool.submit(patiently_blocking, lambda: self._place.write_blocking(key, bytes(data)), self._given_up)
         self._writing.append((call, len(data)))
 
     def _settle_one_blocking(self) -> None:

@@ -118,7 +118,6 @@ def filled_in(url: str, environment: Mapping[str, str]) -> str:
             raise UserError(f"the URL has {found[0]}, but {found[1]} is not set in the environment")
         return quote(environment[found[1]], safe="")
 
-    text = _ENVIRONMENT.sub(value, url)
-    if "${" in url and not _ENVIRONMENT.search(url):
+    if "${" in _ENVIRONMENT.sub("", url):
         raise UserError("the URL has ${ in it; only ${env.NAME} can be filled in")
-    return text
+    return _ENVIRONMENT.sub(value, url)

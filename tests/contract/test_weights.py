@@ -101,6 +101,12 @@ def test_formats_that_are_safetensors(server: FakeServer, checkpoint: Path, valu
     assert post(server, model_path=str(checkpoint), load_format=value, torch_empty_cache=True).status_code == 200
 
 
+def test_a_url_is_refused_and_not_repeated(server: FakeServer) -> None:
+    """It may hold a password, and the reply goes to whoever asked."""
+    message = refused(server, model_path="redis://:secret@host/model")
+    assert "takes no URL" in message and "secret" not in message
+
+
 def test_a_path_that_is_no_model(server: FakeServer, tmp_path: Path) -> None:
     assert "nowhere" in refused(server, model_path="/nowhere/at/all")
     (tmp_path / "empty").mkdir()

@@ -17,8 +17,6 @@ from tests.servers.redis import RedisServer
 
 KINDS = ("file", "redis", "s3")
 PASSWORD = "p@ss/w#rd"
-#: A place in the S3 server with so many objects from the start.
-MANY, MANY_FILES = "many", 5000
 #: Chunks so small that every file of a test has several.
 CHUNK_BYTES = 4096
 
@@ -53,14 +51,7 @@ class Places:
 def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
     """Servers that run as long as the tests do."""
     folder = tmp_path_factory.mktemp("places")
-    server = s3.RcloneServer(folder)
-    # Before it runs: what is put into its folder behind its back it sees minutes later.
-    many = server.file(MANY)
-    for number in range(MANY_FILES):
-        file = many / f"files/{number:05d}"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(b"12")
-    with RedisServer(folder / "redis", password=PASSWORD) as redis, s3.warm(server) as rclone:
+    with RedisServer(folder / "redis", password=PASSWORD) as redis, s3.warm(s3.RcloneServer(folder)) as rclone:
         assert isinstance(redis, RedisServer) and isinstance(rclone, s3.RcloneServer)
         yield Places(folder, redis, rclone)
 

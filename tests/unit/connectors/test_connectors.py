@@ -6,6 +6,7 @@ import importlib
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,15 @@ from sglang_hicache.connectors import (
     create_remote_connector,
 )
 from sglang_hicache.errors import StorageError, UserError
+from tests.servers import s3
 from tests.servers.program import free_port
-from tests.unit.connectors.conftest import MANY, MANY_FILES, PASSWORD, Open, Places
+from tests.unit.connectors.conftest import PASSWORD, Open, Places
 
 ODD_KEYS = [
     "a b", "ü/ñ/日本", "100%", "a%2Fb", "#?&=+", "[x]*", "it's", "a\\b", "(1)", "~tilde", "x" * 200, ".hidden",
     "a,b;c:d@e$f!",
 ]  # fmt: skip
+MANY = [f"files/{number:05d}" for number in range(5000)]
 
 
 def test_bytes_come_back_whole_and_in_parts(kind: str, connect: Open) -> None:
@@ -72,30 +75,37 @@ def test_two_places_in_one_store_do_not_see_each_other(kind: str, connect: Open,
     assert bytes(two.read_blocking("key")) == b"2" and one.find_blocking("key") is None
 
 
-def test_a_listing_has_all_of_five_thousand(kind: str, connect: Open, places: Places) -> None:
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory, places: Places) -> Iterator[dict[str, str]]:
+    """Places with 5,000 objects, by kind."""
+    folder = tmp_path_factory.mktemp("many")
+    rclone = s3.RcloneServer(folder)
+    for root in (folder / "file", rclone.file("m")):
+        (root / "files").mkdir(parents=True)
+        for key in MANY:
+            (root / key).write_bytes(b"12")
+    with places.redis.client() as client, client.pipeline(transaction=False) as pipe:
+        for key in MANY:
+            pipe.set(f"many/{key}", b"12")
+        pipe.execute()
+    # After its files: those that come behind its back it sees minutes later.
+    with rclone:
+        where = f"s3://{s3.BUCKET}/m?endpoint=http://127.0.0.1:{rclone.port}"
+        yield {"file": f"file://{folder}/file", "redis": places.at("redis", "many"), "s3": where}
+
+
+def test_a_listing_has_all_of_five_thousand(kind: str, connect: Open, many: dict[str, str]) -> None:
     """One answer of a server has a thousand keys; elsewhere a listing ended there."""
-    url = places.at(kind, MANY)
-    keys = [f"files/{number:05d}" for number in range(MANY_FILES)]
-    if kind == "redis":
-        with places.redis.client() as client, client.pipeline(transaction=False) as pipe:
-            for key in keys:
-                pipe.set(f"{MANY}/{key}", b"12")
-            pipe.execute()
-    elif kind == "file":
-        (Path(url.removeprefix("file://")) / "files").mkdir(parents=True)
-        for key in keys:
-            (Path(url.removeprefix("file://")) / key).write_bytes(b"12")
-    place = connect(url=url)
-    found = list(place.entries_blocking("files/"))
-    assert sorted(entry.key for entry in found) == keys and {entry.size_bytes for entry in found} == {2}
+    found = list(connect(url=many[kind]).entries_blocking("files/"))
+    assert sorted(entry.key for entry in found) == MANY and {entry.size_bytes for entry in found} == {2}
 
 
 def test_kinds_are_flags(connect: Open) -> None:
-    redis, file, s3 = (connect(kind) for kind in ("redis", "file", "s3"))
+    redis, file, bucket = (connect(kind) for kind in ("redis", "file", "s3"))
     for place, own, other in (
         (redis, ConnectorType.KV, ConnectorType.FS),
         (file, ConnectorType.FS, ConnectorType.KV),
-        (s3, ConnectorType.FS, ConnectorType.KV),
+        (bucket, ConnectorType.FS, ConnectorType.KV),
     ):
         assert place.type & own and place.type & ConnectorType.WEIGHT and not place.type & other
 
