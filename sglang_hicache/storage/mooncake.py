@@ -24,7 +24,7 @@ from sglang_hicache.storage.capacity import parse_size, size_text
 from sglang_hicache.storage.mooncake_client import MooncakeClient
 from sglang_hicache.storage.mooncake_memory import HostSpan, Room
 from sglang_hicache.storage.mooncake_settings import MooncakeSettings
-from sglang_hicache.storage.mooncake_transfer import Reading, TransferLane, Writing
+from sglang_hicache.storage.mooncake_transfer import Doubt, Reading, TransferLane, Writing
 from sglang_hicache.storage.object_name import namespace_prefix, object_name
 from sglang_hicache.storage.page_format import IncomingPage, OutgoingPage, PageName
 
@@ -45,8 +45,9 @@ class MooncakeBackend(StorageBackend):
         self._removing = threading.Lock()
         reading = Reading(self._client, self._prefix, self._counters, self._removing)
         writing = Writing(self._client, self._prefix, self._counters)
-        self._reads = TransferLane(reading, self._host, self._room())
-        self._writes = TransferLane(writing, self._host, self._room())
+        doubt = Doubt()
+        self._reads = TransferLane(reading, self._host, self._room(), doubt)
+        self._writes = TransferLane(writing, self._host, self._room(), doubt)
         self.capabilities = Capabilities(late_io=settings.may_write_late(), durable=settings.segment_bytes() == 0)
 
     def __repr__(self) -> str:

@@ -57,9 +57,9 @@ _LOG_THRESHOLD = "_ZN3fLI17FLAGS_minloglevelE"
 _LOG_LEVEL_ENV = "MC_LOG_LEVEL"
 _FATAL = 3
 
-#: Connections to each process that holds pages, over TCP.  The library's own four need twice as long to find out that
-#: such a process hangs.
-CONNECTIONS = 8
+#: Connections to each process that holds pages, over TCP.  The library's own four need four times as long to find out
+#: that such a process hangs.
+CONNECTIONS = 16
 
 #: A client listens on a port that it draws; this often, should somebody have it.
 _PORT_ATTEMPTS = 3

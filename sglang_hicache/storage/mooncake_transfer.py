@@ -108,15 +108,21 @@ class Writing(Work[OutgoingPage]):
         return outcomes
 
 
+class Doubt:
+    """Did the last call fail, of either lane?  Then the next one is a small one."""
+
+    def __init__(self) -> None:
+        self.is_there = False
+
+
 class TransferLane(Generic[_Page]):
     """One kind of work, and the room for it."""
 
-    def __init__(self, work: Work[_Page], host: HostSpan, room: Room) -> None:
+    def __init__(self, work: Work[_Page], host: HostSpan, room: Room, doubt: Doubt) -> None:
         self._work = work
         self._host = host
         self._room = room
-        #: The last call failed: the next one is a small one.
-        self._is_doubtful = False
+        self._doubt = doubt
 
     def transfer_blocking(self, pages: Sequence[_Page]) -> list[PageOutcome]:
         """Outcomes up to the first page that stops the batch."""
@@ -126,9 +132,9 @@ class TransferLane(Generic[_Page]):
             stopped = next((index for index, outcome in enumerate(outcomes) if outcome not in _GO_ON), None)
             if stopped is not None:
                 outcome = outcomes[stopped]
-                self._is_doubtful = isinstance(outcome, StorageError) and outcome.reason == "io"
+                self._doubt.is_there = isinstance(outcome, StorageError) and outcome.reason == "io"
                 return outcomes[: stopped + 1]
-            self._is_doubtful = False
+            self._doubt.is_there = False
         return outcomes
 
     def close(self) -> None:
@@ -142,7 +148,7 @@ class TransferLane(Generic[_Page]):
             found = map(self._host.find, (page.payload for page in pages[:MOST_DIRECT]))
             direct = list(itertools.takewhile(bool, found))
         most = len(direct) or min(MOST_COPIED, self._room.fits(pages[0].size_bytes))
-        taken = pages[: min(most, DOUBTFUL_PAGES) if self._is_doubtful else most]
+        taken = pages[: min(most, DOUBTFUL_PAGES) if self._doubt.is_there else most]
         pieces = self._room.place(taken, direct)
         try:
             return self._work.move_blocking(taken, self._room, pieces)
