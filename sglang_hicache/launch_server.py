@@ -21,7 +21,7 @@ from sglang_hicache.child import secrets_of
 from sglang_hicache.config import HttpConfig, LogConfig, ServerConfig
 from sglang_hicache.cpu_environment import cpu_environment
 from sglang_hicache.device_memory import free_device_bytes
-from sglang_hicache.errors import UserError
+from sglang_hicache.errors import StorageError, UserError
 from sglang_hicache.host_memory import host_memory
 from sglang_hicache.observe import start_logging
 from sglang_hicache.pool_sizes import Memory
@@ -32,7 +32,7 @@ from sglang_hicache.weights_digest import default_cache_file, weights_digest
 
 log = logging.getLogger(__name__)
 
-_EXIT_USAGE = 2
+_EXIT_BROKEN, _EXIT_USAGE = 1, 2
 
 #: How the name of a run folder begins, and the file in it that says that its launcher has locked it.
 _RUN_FOLDER, _MARK = "hicache-", "launcher"
@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return _EXIT_USAGE
+    except StorageError as error:  # the store that has the model
+        print(f"error: {error}", file=sys.stderr)
+        return _EXIT_BROKEN
 
 
 def _serve_blocking(args: argparse.Namespace, run_dir: str) -> int:

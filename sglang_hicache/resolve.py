@@ -25,7 +25,7 @@ from sglang_hicache.config import (
 )
 from sglang_hicache.connectors.source import RemoteModel, fetch_blocking
 from sglang_hicache.connectors.url import filled_in, is_url, parse_url, shows_password
-from sglang_hicache.errors import UserError
+from sglang_hicache.errors import StorageError, UserError
 from sglang_hicache.extra_config import extra_config_json
 from sglang_hicache.model_facts import ModelFacts, model_directory, read_model_facts
 from sglang_hicache.pool_sizes import Memory, pool_config
@@ -58,7 +58,7 @@ def resolve(
     memory: Memory,
     environment: Mapping[str, str] = os.environ,
 ) -> Resolution:
-    """Settle every flag.  UserError: nothing was started or written."""
+    """Settle every flag.  UserError, or StorageError where the model is in a store: nothing was started."""
     rewrites: list[str] = []
     _check_exclusions(args)
     http = _http(args, environment, rewrites)
@@ -137,6 +137,8 @@ def _model(args: argparse.Namespace, run_dir: str, environment: Mapping[str, str
         found = fetch_blocking(url, Path(run_dir, "model"))
     except UserError as error:
         raise UserError(f"--model-path: {error}") from error
+    except StorageError as error:
+        raise StorageError(f"--model-path: the model cannot be had: {error}", error.reason, error.code) from error
     return found if found.url else RemoteModel(model_directory(found.directory, "--model-path"))
 
 

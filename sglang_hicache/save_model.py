@@ -82,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", metavar="SRC", help="directory, hub id, or URL of a model; with --list and --verify: its URL")
     add("target", metavar="URL", nargs="?", default="", help="where to save it")
-    add("--overwrite", "--force", action="store_true", help="replace another model that is there, in one step")
+    add("--overwrite", "--force", action="store_true",
+        help="replace another model that is there, in one step; chunks that are there are checked, and damaged ones "
+        "replaced")  # fmt: skip
     add("--list", action="store_true", help="print the files of a saved model, and do nothing")
     add("--verify", action="store_true", help="read every byte of a saved model, and check it")
     return parser

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, NamedTuple, Self
+from typing import BinaryIO, ClassVar, NamedTuple, Self
 
 from sglang_hicache.connectors.manifest import (
     LARGEST_MANIFEST_BYTES,
@@ -139,7 +139,7 @@ class BaseWeightConnector(BaseConnector):
         data = self.find_blocking(MANIFEST_NAME)
         return None if data is None else decode_manifest(data, where)
 
-    def pull_files_blocking(
+    def pull_files(
         self, folder: str | None = None, *, allow: Sequence[str] = ("*",), ignore: Sequence[str] = WEIGHTS
     ) -> str:
         """Files that match one of `allow` and none of `ignore`, written below a folder (by default a private one, which
@@ -239,7 +239,7 @@ def _is_wanted(name: str, allow: Sequence[str], ignore: Sequence[str]) -> bool:
 
 
 @contextlib.contextmanager
-def writing(folder: Path, name: str, url: str) -> Iterator[contextlib.AbstractContextManager]:
+def writing(folder: Path, name: str, url: str) -> Iterator[BinaryIO]:
     """A new file below a folder.  UserError with the name: it would lead out of the folder, or cannot be made."""
     try:
         check_name(name)

@@ -45,21 +45,18 @@ class RemoteModel(NamedTuple):
 
 
 def fetch_blocking(url: str, folder: Path) -> RemoteModel:
-    """Make `folder`, with the small files of the model.  UserError: there is none, or it cannot be had."""
+    """Make `folder`, with the small files of the model.  UserError: there is none; StorageError: it cannot be had."""
     found = parse_url(url)
-    try:
-        with create_remote_connector(url) as place:
-            manifest = place.manifest_blocking()
-            if manifest is None:
-                _refuse_half(place)
-            if manifest is None and found.scheme == "file":
-                return RemoteModel(f"/{found.path}")  # a plain folder: mapped into memory, and its digest remembered
-            folder.mkdir(mode=0o700)
-            place.pull_files_blocking(str(folder), allow=SMALL_FILES)
-            if manifest is None:
-                manifest = scan_blocking(place, folder)
-    except StorageError as error:
-        raise UserError(f"the model cannot be had: {error}") from error
+    with create_remote_connector(url) as place:
+        manifest = place.manifest_blocking()
+        if manifest is None:
+            _refuse_half(place)
+        if manifest is None and found.scheme == "file":
+            return RemoteModel(f"/{found.path}")  # a plain folder: mapped into memory, and its digest remembered
+        folder.mkdir(mode=0o700)
+        place.pull_files(str(folder), allow=SMALL_FILES)
+        if manifest is None:
+            manifest = scan_blocking(place, folder)
     (folder / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
     files = weight_files(manifest, folder, found.public)
     return RemoteModel(

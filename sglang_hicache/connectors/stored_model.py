@@ -69,7 +69,8 @@ class StoredModel:
         if len(data) != size_bytes or hashlib.sha256(data).hexdigest() != sha256:
             raise StorageError(
                 f"{self._place.url}, key {key!r}: these are not the bytes of {file.name!r} that were saved "
-                f"({len(data)} bytes, expected {size_bytes}, checksum {sha256[:16]}...); save the model again",
+                f"({len(data)} bytes, expected {size_bytes}, checksum {sha256[:16]}...); "
+                "save the model again with --overwrite",
                 "contract",
                 "corrupt",
             )

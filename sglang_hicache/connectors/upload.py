@@ -47,7 +47,8 @@ class Saved(NamedTuple):
 
 
 class Upload:
-    """One model on its way into one place."""
+    """One model on its way into one place.  `overwrite`: another one there is replaced, and chunks that are there are
+    read before they are believed."""
 
     def __init__(self, source: Source, place: BaseWeightConnector, told: Told, *, overwrite: bool) -> None:
         self._source = source
@@ -117,7 +118,7 @@ class Upload:
                     whole.update(data)
                 chunks.append(digest)
                 key = chunk_key(file.name, number, digest)
-                if there.get(key) == size_bytes:
+                if there.get(key) == size_bytes and self._is_right_blocking(key, digest):
                     self._skipped_bytes += size_bytes
                     self._told(0, size_bytes)
                 elif not may_write:
@@ -125,6 +126,13 @@ class Upload:
                 else:
                     self._write(pool, key, self._source.read_blocking(file, number) if data is None else data)
             yield ModelFile(file.name, file.size_bytes, file.sha256 or whole.hexdigest(), tuple(chunks))
+
+    def _is_right_blocking(self, key: str, digest: str) -> bool:
+        """Does a chunk hold what its name says?  Nobody writes another one, so only who repairs a model looks."""
+        if not self._overwrite:
+            return True
+        data = patiently_blocking(lambda: self._place.read_blocking(key))
+        return hashlib.sha256(data).hexdigest() == digest
 
     def _write(self, pool: ThreadPoolExecutor, key: str, data: Buffer) -> None:
         if len(self._writing) >= _WRITERS:

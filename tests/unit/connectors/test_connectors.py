@@ -132,10 +132,10 @@ def test_the_interface_of_files(kind: str, connect: Open) -> None:
     assert place.glob("*.json") == ["config.json", "sub/more.json"] and place.glob("nothing*") == []
     assert [tuple(entry) for entry in place.list("sub/")] == [("sub/more.json", 2)]
     assert bytes(place.read("model.safetensors", 2, 3)) == b"234"
-    folder = Path(place.pull_files_blocking())
+    folder = Path(place.pull_files())
     assert folder.stat().st_mode & 0o777 == 0o700
     assert {str(path.relative_to(folder)) for path in folder.rglob("*.*")} == {"config.json", "sub/more.json"}
-    again = place.pull_files_blocking(str(folder / "again"), allow=("*.safetensors",), ignore=())
+    again = place.pull_files(str(folder / "again"), allow=("*.safetensors",), ignore=())
     assert [path.name for path in Path(again).iterdir()] == ["model.safetensors"]
     place.close()
     assert not folder.exists()

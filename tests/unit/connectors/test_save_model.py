@@ -59,7 +59,7 @@ def test_from_store_to_store_and_back_to_a_folder(
     assert run(capsys, str(model), one)[0] == 0
     assert run(capsys, one, two)[0] == 0
     with create_remote_connector(two) as place:
-        folder = Path(place.pull_files_blocking(str(tmp_path / "back"), ignore=()))
+        folder = Path(place.pull_files(str(tmp_path / "back"), ignore=()))
     assert all((folder / name).read_bytes() == (model / name).read_bytes() for name in SAVED)
     with create_remote_connector(plain) as place:
         for name in SAVED:
@@ -110,6 +110,20 @@ def test_verify_names_all_that_is_damaged(places: Places, model: Path, capsys: p
         place.delete_blocking([keys[1]])
     code, _, err = run(capsys, "--verify", url)
     assert code == 1 and all(key in err for key in keys) and "2 faults" in err
+
+
+def test_a_damaged_chunk_is_repaired(
+    kind: str, places: Places, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has the right name and the right size: only who reads it can know."""
+    url = places.new(kind)
+    run(capsys, str(model), url)
+    with create_remote_connector(url) as place:
+        key = next(entry.key for entry in place.entries_blocking("files/model-1.safetensors/"))
+        place.write_blocking(key, bytes(len(place.read_blocking(key))))
+    assert run(capsys, "--verify", url)[0] == 1
+    assert run(capsys, str(model), url, "--overwrite")[0] == 0
+    assert run(capsys, "--verify", url)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from sglang_hicache.connectors.file import FileConnector
 from sglang_hicache.connectors.upload import Upload
 from sglang_hicache.connectors.upload_source import FolderSource
 from sglang_hicache.connectors.url import StoreUrl, parse_url
-from sglang_hicache.errors import UserError
+from sglang_hicache.errors import StorageError, UserError
+from sglang_hicache.launch_server import main
 from sglang_hicache.resolve import Resolution
 from sglang_hicache.weights_digest import weights_digest
 
@@ -99,7 +100,6 @@ def test_a_password_from_the_environment_is_secret_and_needs_no_warning(resolved
     [
         (("--model-path", "http://host/m"), "--model-path: there is no connector for http://"),
         (("--model-path", "redis://:${env.NOT_SET}@host/m"), "--model-path: .*NOT_SET is not set"),
-        (("--model-path", "redis://:secret@127.0.0.1:1/m"), "--model-path: the model cannot be had: redis://127"),
         (("--tokenizer-path", "s3://bucket/m"), "--tokenizer-path takes no URL"),
     ],
 )
@@ -109,3 +109,13 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(
     with pytest.raises(UserError, match=says) as caught:
         resolved(*flags)
     assert "secret" not in str(caught.value)
+
+
+def test_a_store_that_does_not_answer_is_no_mistake_in_the_flags(
+    resolved: Resolve, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever starts servers may try again after exit code 1, and need not after 2."""
+    with pytest.raises(StorageError, match="--model-path: the model cannot be had: redis://127.0.0.1:1/m: cannot"):
+        resolved("--model-path", "redis://:secret@127.0.0.1:1/m")
+    assert main(["--model-path", "redis://:secret@127.0.0.1:1/m", "--port", "0"]) == 1
+    assert "secret" not in capsys.readouterr().err
