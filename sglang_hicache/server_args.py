@@ -135,7 +135,8 @@ def _storage(parser: argparse.ArgumentParser) -> None:
     )
     add = group.add_argument
     add("--hicache-storage-backend", default="", metavar="NAME",
-        help="file, redis, s3, mooncake, tiered, mirror, dynamic, memory ...; an unknown name is refused with all of them")  # fmt: skip
+        help="file, redis, s3, mooncake, tiered, mirror, dynamic, memory; an unknown name is refused with "
+        "all that there are")  # fmt: skip
     add("--hicache-storage-prefetch-policy", default="timeout",
         choices=PREFETCH_POLICIES,
         help="how long a request waits for its prefix from storage (default: timeout)")  # fmt: skip
