@@ -6,8 +6,8 @@ own affair, and an evicted page is a miss.  Who owns what: the store belongs to 
 processes that lend it memory (`docs/stores/mooncake.md`); this process lends some only if it is told so, and takes the
 pages in it along when it ends.
 
-Called by the two lanes of a storage process (see `backend.py`).  Payloads that lie in the rank's host pool are sent and
-received in place.  Never removes what has not our prefix.
+Called by the two lanes of a storage process (see `backend.py`).  Large payloads that lie in the rank's host pool are
+sent and received in place.  Never removes what has not our prefix.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sglang_hicache.observe import SharedCounters
 from sglang_hicache.storage.backend import Capabilities, OpenContext, PageOutcome, PageResult, StorageBackend
 from sglang_hicache.storage.capacity import parse_size, size_text
 from sglang_hicache.storage.mooncake_client import MooncakeClient
-from sglang_hicache.storage.mooncake_memory import HostSpan, Room
+from sglang_hicache.storage.mooncake_memory import LEAST_DIRECT_BY_CARD_BYTES, LEAST_DIRECT_BYTES, HostSpan, Room
 from sglang_hicache.storage.mooncake_settings import MooncakeSettings
 from sglang_hicache.storage.mooncake_transfer import Doubt, Reading, TransferLane, Writing
 from sglang_hicache.storage.object_name import namespace_prefix, object_name
@@ -38,7 +38,8 @@ class MooncakeBackend(StorageBackend):
     def __init__(self, settings: MooncakeSettings, context: OpenContext) -> None:
         self._settings = settings
         self._prefix = settings.name_prefix()
-        self._host = HostSpan.of(context.host_memory)
+        least_bytes = LEAST_DIRECT_BYTES if settings.protocol == "tcp" else LEAST_DIRECT_BY_CARD_BYTES
+        self._host = HostSpan.of(context.host_memory, least_bytes)
         self._client = MooncakeClient(settings)
         self._counters = SharedCounters()
         #: Held while pages are read and while they are removed; see `Reading`.

@@ -15,8 +15,12 @@ from dataclasses import dataclass
 
 from sglang_hicache.storage.page_format import HEADER_BYTES, IncomingPage, OutgoingPage
 
-#: Pages below this are copied: one transfer of 64 KiB costs more than copying 64 KiB, and a header is one as well.
-LEAST_DIRECT_BYTES = 256 * 1024
+#: Over TCP pages below this are copied: the header of a page that is not copied is a transfer of its own, which waits
+#: for an answer like any other, and up to here a copy costs less.
+LEAST_DIRECT_BYTES = 2 << 20
+
+#: The same for network cards, which work on both at once and are slowed down by a copy.
+LEAST_DIRECT_BY_CARD_BYTES = 64 * 1024
 
 #: Objects in a room begin at multiples of this, as the library's own buffers do.
 _ALIGNMENT = 64
@@ -36,18 +40,20 @@ class HostSpan:
 
     start: int = 0
     end: int = 0
+    #: Smaller payloads are not worth it.
+    least_bytes: int = 0
 
     @classmethod
-    def of(cls, memory: memoryview | None) -> HostSpan:
+    def of(cls, memory: memoryview | None, least_bytes: int = 0) -> HostSpan:
         """The span of a pool; an empty one if there is none."""
         if memory is None or not len(memory) or memory.readonly:
             return cls()
         start = address_of(memory)
-        return cls(start, start + len(memory))
+        return cls(start, start + len(memory), least_bytes)
 
     def find(self, payload: memoryview) -> int:
-        """Address of a payload that lies in the pool; 0: it lies elsewhere."""
-        if self.start == self.end or payload.readonly or not len(payload):
+        """Address of a payload that lies in the pool and may go from there; 0: it is to be copied."""
+        if self.start == self.end or payload.readonly or len(payload) < max(1, self.least_bytes):
             return 0
         address = address_of(payload)
         return address if self.start <= address and address + len(payload) <= self.end else 0

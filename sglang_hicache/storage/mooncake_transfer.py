@@ -26,7 +26,7 @@ from sglang_hicache.storage.mooncake_client import (
     MooncakeClient,
     failure,
 )
-from sglang_hicache.storage.mooncake_memory import LEAST_DIRECT_BYTES, HostSpan, Pieces, Room
+from sglang_hicache.storage.mooncake_memory import HostSpan, Pieces, Room
 from sglang_hicache.storage.object_name import object_name
 from sglang_hicache.storage.page_format import IncomingPage, OutgoingPage
 
@@ -143,10 +143,8 @@ class TransferLane(Generic[_Page]):
 
     def _some_blocking(self, pages: Sequence[_Page]) -> list[PageOutcome]:
         """The first of these pages, as many as one call should have: all in the host pool, or all to be copied."""
-        direct: list[int] = []
-        if len(pages[0].payload) >= LEAST_DIRECT_BYTES:
-            found = map(self._host.find, (page.payload for page in pages[:MOST_DIRECT]))
-            direct = list(itertools.takewhile(bool, found))
+        found = map(self._host.find, (page.payload for page in pages[:MOST_DIRECT]))
+        direct = list(itertools.takewhile(bool, found))
         most = len(direct) or min(MOST_COPIED, self._room.fits(pages[0].size_bytes))
         taken = pages[: min(most, DOUBTFUL_PAGES) if self._doubt.is_there else most]
         pieces = self._room.place(taken, direct)

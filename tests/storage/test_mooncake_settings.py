@@ -123,5 +123,7 @@ def test_a_page_is_found_in_the_pool_only_where_all_of_it_lies() -> None:
     for elsewhere in (pool[1023:2047], pool[2049:3073], pool[:512], memoryview(bytearray(64)), memoryview(b"constant")):
         assert span.find(elsewhere) == 0
     assert HostSpan.of(None).find(pool) == 0
+    assert HostSpan.of(pool, 100).find(pool[:100]) == start
+    assert HostSpan.of(pool, 100).find(pool[:99]) == 0, "a small page costs less as a copy"
     assert mooncake_memory.address_of(pool[7:]) == start + 7
     pool.release()  # a view that ctypes keeps would not let go
