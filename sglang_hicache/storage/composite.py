@@ -279,7 +279,9 @@ class Composite(StorageBackend):
         for member in lacking:
             with member.writing:
                 # Seen with the lock in hand: whoever deletes counts first and then waits for the lock.
-                if deletions != self._deletions or not member.is_asked():
+                if deletions != self._deletions:
                     return
+                if not member.is_asked():
+                    continue
                 outcome = member.write_blocking([page])[0]
             self._counters.add("copied_pages", outcome is PageResult.WRITTEN)

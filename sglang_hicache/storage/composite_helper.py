@@ -7,11 +7,14 @@ is read the next time.  The thread starts with the first job and ends with the c
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 
 from sglang_hicache.storage.page_format import HEADER_BYTES, IncomingPage
+
+_logger = logging.getLogger(__name__)
 
 #: Bytes of pages that wait.  Enough for two batches of a lane, and no burden beside a host pool.
 QUEUE_BYTES = 64 << 20
@@ -59,8 +62,9 @@ class Helper:
         self._thread: threading.Thread | None = None
 
     def has_room(self, size_bytes: int) -> bool:
-        """Would a job of this size be taken?  One that is larger than the whole line is, if nothing waits."""
-        return self._bytes == 0 or self._bytes + size_bytes <= self._queue_bytes
+        """Would a job of this size be taken?  One that is larger than the whole line is, if nothing waits, and one that
+        holds no memory always."""
+        return not size_bytes or self._bytes == 0 or self._bytes + size_bytes <= self._queue_bytes
 
     def offer(self, size_bytes: int, job: Callable[[], None]) -> bool:
         """Put a job in line; False: there is no room.  `size_bytes`: of the memory that it holds.  Any thread."""
@@ -69,8 +73,7 @@ class Helper:
                 return False
             self._jobs.append((size_bytes, job))
             self._bytes += size_bytes
-            # A job that met a defect has ended the thread, and the log tells of it: the next one gets another.
-            if self._thread is None or not self._thread.is_alive():
+            if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
                 self._thread.start()
             self._changed.notify_all()
@@ -101,8 +104,11 @@ class Helper:
                 self._running += 1
             try:
                 job()
-            finally:
-                with self._changed:
-                    self._running -= 1
-                    self._bytes -= size_bytes
-                    self._changed.notify_all()
+            except Exception:
+                # As in a lane: were it to end the thread, the jobs behind this one would wait for somebody to come by.
+                _logger.exception("%s: a job failed", self._name)
+            del job  # and with it the page, which nobody counts any more
+            with self._changed:
+                self._running -= 1
+                self._bytes -= size_bytes
+                self._changed.notify_all()

@@ -85,8 +85,8 @@ class Health:
         return _named(f"{self._label} is left alone for {left_s:.0f} s", error)
 
     def failed(self, error: StorageError, patience: int = FAILURES_IN_A_ROW) -> None:
-        """A call has failed; `patience`: it is left alone from so many in a row on."""
-        if error.reason in _NO_FAILURES:
+        """A call has failed; `patience`: it is left alone from so many in a row on, 1 if it did not open."""
+        if error.reason in _NO_FAILURES and patience > 1:
             return
         with self._lock:
             self._failures += 1
@@ -190,20 +190,29 @@ class Member:
     def reopen_blocking(self, make: Callable[[], StorageBackend], namespace: Callable[[], str]) -> None:
         """Try once more, with a backend that has never been closed; `namespace`: "" or what new weights have brought
         since the first one was made.  Helper."""
+        fresh: StorageBackend | None = None
+        told = ""
         try:
-            self._backend = make()
-            if self.open_blocking() is None and namespace():
-                # Open first: from then on the main thread tells of the next weights itself.
-                self._backend.use_namespace(namespace())
+            fresh = self._backend = make()
+            if self.open_blocking() is None:
+                # Open first: from then on the main thread tells of the next weights itself, perhaps while we tell of
+                # those before.  The last word must be the latest.
+                while told != namespace():
+                    told = namespace()
+                    self._backend.use_namespace(told)
         except StorageError as error:
             self._went_away(error)
         finally:
             if self.state is State.OPENING:  # a defect: the log tells of it, and the next try is not at once
+                with suppress(StorageError):
+                    if fresh is not None:
+                        fresh.close_blocking()
                 self._went_away(StorageError("it could not be opened"))
 
     def _went_away(self, error: StorageError) -> StorageError:
+        noted = self._note(error, patience=1)
         self.state = State.AWAY
-        return self._note(error, patience=1)
+        return noted
 
     def close_blocking(self) -> None:
         """Give the store back, whatever became of it."""
@@ -216,7 +225,10 @@ class Member:
         return self._count("exists", lambda backend: backend.exists_blocking(names), len(names))
 
     def read_blocking(self, pages: Sequence[IncomingPage]) -> list[PageOutcome]:
-        """At least one outcome; whatever went wrong stands at the page where it ended."""
+        """At least one outcome; whatever went wrong stands at the page where it ended.  A read that asks many times
+        asks no store again that is left alone by then: each call may cost it a time-out."""
+        if not self.is_asked():
+            return [self.rest_error()]
         return self._outcomes("read", lambda backend: backend.read_blocking(pages), len(pages), _READ)
 
     def write_blocking(self, pages: Sequence[OutgoingPage]) -> list[PageOutcome]:

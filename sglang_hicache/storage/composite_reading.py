@@ -22,6 +22,8 @@ class _Page:
     giver: Member | None = None
     #: Stores that have answered for it, and what they said.
     lacking: tuple[Member, ...] = ()
+    #: Stores whose call ended at an earlier page that they lack.  They may have this one, and are asked if need be.
+    stopped: tuple[Member, ...] = ()
     damaged: tuple[Member, ...] = ()
     failed: tuple[Member, ...] = ()
     #: What the first of the last ones said.
@@ -62,8 +64,10 @@ class Reading:
         return self._found[index].giver
 
     def lacking(self, index: int) -> tuple[Member, ...]:
-        """Stores that said that they do not have it."""
-        return self._found[index].lacking
+        """Stores that do not have it: they said so, or lack a page before it, which says as much of most stores."""
+        found = self._found[index]
+        others = (found.giver, *found.damaged, *found.failed)
+        return tuple(member for member in dict.fromkeys(found.lacking + found.stopped) if member not in others)
 
     def damaged(self, index: int) -> tuple[Member, ...]:
         """Stores that have it, and not whole."""
@@ -94,11 +98,14 @@ class Reading:
             if self._found[index].giver is None and member not in self._found[index].answered()
         ]
         for index in wanted:
-            if self._found[index].answered():
-                self._pages[index].restart()
+            # Also those that nobody has answered for: a store may have read and hashed what lies behind its gap.
+            self._pages[index].restart()
         outcomes = member.read_blocking([self._pages[index] for index in wanted])
         given = sum([self._note(member, index, outcome) for index, outcome in zip(wanted, outcomes)])
         member.tally.add("read_pages", given)
+        if outcomes[-1] is PageResult.MISS:
+            for index in wanted[len(outcomes) :]:
+                self._found[index].stopped += (member,)
 
     def _note(self, member: Member, index: int, outcome: PageOutcome) -> bool:
         """What a store said of a page; True: it gave it."""

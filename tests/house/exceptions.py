@@ -12,6 +12,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("broad-except", "sglang_hicache/storage/plugin_calls.py::careful"): "the edge of foreign code",
     ("booleans", "sglang_hicache/storage/plugin_interface.py::HiCacheStorageConfig"): "its fields are SGLang's",
     ("broad-except", "workers/storage_lanes.py::Lane._guarded_blocking"): "the lane wrapper of plug-in code",
+    ("broad-except", "sglang_hicache/storage/composite_helper.py::Helper._serve"): "a lane of the composite's own",
     ("broad-except", "workers/dry_run.py::DryRun.run_blocking"): "process edge: what the library throws is the answer",
     ("broad-except", "workers/storage_process.py::serve_blocking"): "process edge: the rank is told the reason",
     ("broad-except", "tests/unit/model/rank_process.py::_be_rank"): "a forked child must not return into the parent",

@@ -12,6 +12,7 @@ from sglang_hicache.errors import StorageError
 from sglang_hicache.storage.checked import BatchResult
 from sglang_hicache.storage.composite_member import FAILURES_IN_A_ROW
 from sglang_hicache.storage.faulty import FaultyBackend
+from sglang_hicache.storage.faulty_settings import Fault
 from tests.storage import pages
 from tests.storage.composite_world import Composite
 
@@ -215,6 +216,61 @@ class TestOpening:
                 assert len(mirror.remade) == tries
         finally:
             mirror.backend.close_blocking()
+
+    def test_one_without_room_to_open_is_not_tried_by_every_call(self) -> None:
+        mirror = Composite("mirror")
+        mirror.sabotage(1, "open", kind="no_space")
+        try:
+            mirror.backend.open_blocking()
+            mirror.look_up(1)
+            mirror.idle()
+            assert mirror.remade == []
+            assert "is left alone for 1 s: sabotaged open" in mirror.backend.info()["copy2"]
+        finally:
+            mirror.backend.close_blocking()
+
+    def test_one_that_meets_a_defect_while_it_opens_is_closed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Made anew time and again, it would leave a connection behind each time."""
+        mirror = Composite("mirror")
+        make = mirror._make
+        closed: list[int] = []
+
+        def make_defective(number: int) -> FaultyBackend:
+            made = make(number)
+            made.sabotage({"open": Fault(kind="exception")})
+            made.close_blocking = lambda: closed.append(number)
+            return made
+
+        monkeypatch.setattr(mirror, "_make", make_defective)
+        mirror.sabotage(1, "open")
+        try:
+            mirror.backend.open_blocking()
+            for tries in (1, 2):
+                mirror.clock.now_s += 10
+                mirror.look_up(1)
+                mirror.idle()
+                mirror.look_up(1)
+                assert mirror.remade == closed == [1] * tries, "closed, and not tried again at once"
+        finally:
+            mirror.backend.close_blocking()
+        assert closed == [1, 1]
+
+    def test_the_latest_of_new_weights_is_the_last_that_it_hears(self) -> None:
+        """1. The helper tells of the first ones.  2. The main thread tells of the next ones before that."""
+        mirror = Composite("mirror")
+        member, told = mirror.backend._members[0], ["11" * 32]
+        memory = mirror.inside[0]._inner
+
+        def tell(namespace: str) -> None:
+            if len(told) == 1:
+                told.append("22" * 32)
+                member.use_namespace(told[-1])
+            memory.use_namespace(namespace)
+
+        mirror.inside[0].use_namespace = tell
+        member.reopen_blocking(lambda: mirror.inside[0], lambda: told[-1])
+        assert memory._in_use == {"22" * 32}
+        mirror.backend.close_blocking()
 
     @pytest.mark.parametrize(("min_writes", "dead"), [(1, (0, 1)), (2, (1,))])
     def test_too_few_that_open_are_an_error(self, min_writes: int, dead: tuple[int, ...]) -> None:

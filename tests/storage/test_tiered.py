@@ -86,6 +86,18 @@ class TestReading:
         assert tiers.read(4) == BatchResult(4)
         assert tiers.backend.stats()["tier1_failed_calls"] == 1
 
+    def test_a_tier_that_is_left_alone_by_now_is_not_asked_for_every_other_page(self, composite: Make) -> None:
+        """Each call may take as long as its time-out."""
+        tiers = composite("tiered", count=3)
+        tiers.write(20)
+        tiers.drop(1, *range(1, 21, 2))
+        tiers.drop(2, *range(2, 21, 2))
+        tiers.sabotage(0, "read")
+        TestStoresThatStop._stops(tiers, 1)
+        TestStoresThatStop._stops(tiers, 2)
+        assert tiers.read(20) == BatchResult(20)
+        assert tiers.backend.stats()["tier1_failed_calls"] == 3
+
     def test_what_nobody_could_say_is_an_error_and_no_miss(self, composite: Make) -> None:
         """Otherwise an outage of the far tier would look like a cold cache."""
         tiers = composite("tiered")
@@ -93,6 +105,59 @@ class TestReading:
         tiers.drop(0, 2)
         tiers.sabotage(1, "read")
         assert tiers.read(2) == BatchResult(1, reason="io: tier 2 (faulty): sabotaged read")
+
+
+class TestStoresThatStop:
+    """A store may end a read at the first page that it lacks; what it then says of the pages behind is nothing."""
+
+    @staticmethod
+    def _stops(tiers: Composite, number: int, hashes: bool = False) -> None:
+        """From now on; `hashes`: it reads side by side, so that pages behind the gap were filled."""
+        inside = tiers.inside[number]
+        read_blocking = inside.read_blocking
+
+        def read_and_stop(asked: list[IncomingPage]) -> list[PageOutcome]:
+            outcomes = read_blocking(asked)
+            if hashes:
+                for page in asked:
+                    page.arrived(len(page.payload))
+            return outcomes[: outcomes.index(PageResult.MISS) + 1] if PageResult.MISS in outcomes else outcomes
+
+        inside.read_blocking = read_and_stop
+
+    def test_all_pages_behind_the_gap_are_put_there(self, composite: Make) -> None:
+        """With the first alone, files in front of a far store would take in one page for each read."""
+        tiers = composite("tiered", count=3)
+        tiers.write(8)
+        tiers.drop(0, *range(2, 9))
+        tiers.drop(1, 5)
+        for number in range(3):
+            self._stops(tiers, number)
+        assert tiers.read(8) == BatchResult(8)
+        tiers.idle()
+        assert tiers.held(0) == tiers.held(1) == [1, 2, 3, 4, 5, 6, 7, 8]
+        assert tiers.backend.stats()["copied_pages"] == 7 + 1
+
+    def test_what_it_has_behind_the_gap_is_no_copy(self, composite: Make) -> None:
+        tiers = composite("tiered")
+        tiers.write(4)
+        tiers.drop(0, 2)
+        self._stops(tiers, 0)
+        assert tiers.read(4) == BatchResult(4)
+        tiers.idle()
+        assert tiers.held(0) == [1, 2, 3, 4] and tiers.backend.stats()["copied_pages"] == 1
+
+    def test_what_it_has_hashed_behind_the_gap_is_forgotten(self, composite: Make) -> None:
+        """1. The near tier lacks a page, and has a damaged one behind it.  2. It is not asked for that one again.
+        3. Bytes of the damaged page in the hash would make the whole one of the far tier look damaged, and cost it."""
+        tiers = composite("tiered")
+        tiers.write(6)
+        tiers.drop(0, 2)
+        tiers.damage(0, 4)
+        self._stops(tiers, 0, hashes=True)
+        assert tiers.read(6) == BatchResult(6)
+        tiers.idle()
+        assert tiers.is_whole(1, 4)
 
 
 class TestDamage:
@@ -283,18 +348,44 @@ class TestCopying:
         tiers.idle()
         assert tiers.is_whole(0, 1)
 
-    def test_a_helper_that_met_a_defect_goes_on_with_the_next_job(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_store_that_is_left_alone_keeps_no_copy_from_the_others(self, composite: Make, gate: Gate) -> None:
+        mirror = composite("mirror", count=3)
+        mirror.write(2)
+        for number in range(2):
+            mirror.drop(number, 1, 2)
+        mirror.sabotage(1, "write", kind="hold", gate=str(gate.folder), count=1)
+        assert mirror.read(2) == BatchResult(2)
+        gate.wait_inside_blocking()
+        mirror.sabotage(0, "exists")
+        for _ in range(3):
+            mirror.look_up(2)
+        gate.go()
+        mirror.idle()
+        assert mirror.held(1) == [1, 2]
+
+    def test_a_helper_that_met_a_defect_goes_on_with_the_next_job(self, caplog: pytest.LogCaptureFixture) -> None:
         seen: list[str] = []
-        monkeypatch.setattr(threading, "excepthook", lambda args: seen.append(str(args.exc_value)))
         helper = Helper("helper")
         helper.offer(1, lambda: seen.append(str(1 // 0)))
-        pages.wait_until(lambda: len(seen) == 1, "the first job is not done")
-        pages.wait_until(lambda: not helper._thread.is_alive(), "the thread does not end")
         helper.offer(1, lambda: seen.append("done"))
         assert helper.wait_idle_blocking(pages.PATIENCE_S)
         helper.close_blocking()
         assert not helper.offer(1, lambda: None)
-        assert seen == ["integer division or modulo by zero", "done"]
+        assert seen == ["done"] and "ZeroDivisionError" in caplog.text
+
+    def test_a_job_without_memory_is_taken_behind_one_that_is_larger_than_the_line(self) -> None:
+        """A store that did not open is made anew in such a job, which is offered once."""
+        go_on, seen = threading.Event(), list[str]()
+        helper = Helper("helper", queue_bytes=10)
+        try:
+            assert helper.offer(100, lambda: seen.append(str(go_on.wait(pages.PATIENCE_S))))
+            assert not helper.offer(1, lambda: None)
+            assert helper.offer(0, lambda: seen.append("opened"))
+            go_on.set()
+            assert helper.wait_idle_blocking(pages.PATIENCE_S) and seen == ["True", "opened"]
+        finally:
+            go_on.set()
+            helper.close_blocking()
 
 
 class TestLanes:
