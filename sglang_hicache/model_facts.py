@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_hicache.connectors.manifest import MANIFEST_NAME
 from sglang_hicache.errors import UserError
 
 #: More than a config.json has.
@@ -44,7 +45,12 @@ class ModelFacts:
 def model_directory(path_or_id: str, flag: str) -> str:
     """The directory itself, or the snapshot of a hub id (fetched if need be)."""
     if Path(path_or_id).is_dir():
-        return str(Path(path_or_id).resolve())
+        directory = str(Path(path_or_id).resolve())
+        if Path(directory, MANIFEST_NAME).is_file():
+            raise UserError(
+                f"{flag} {path_or_id!r} holds a model as save_model stores it; its URL is file://{directory}"
+            )
+        return directory
     if "://" in path_or_id:
         raise UserError(f"{flag} takes no URL, only a directory or a hub id; --model-path of a server takes one")
     if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/", "~")):

@@ -37,10 +37,11 @@ def create_remote_connector(url: str) -> BaseWeightConnector:
     try:
         module = importlib.import_module(kind.module)  # lazy door: only who uses a store pays for its library
     except ModuleNotFoundError as error:
-        if not kind.extra or (error.name or "").startswith("sglang_hicache"):
+        package = (error.name or "").partition(".")[0]
+        if not kind.extra or package == "sglang_hicache":
             raise
         raise UserError(
-            f"{found.scheme}:// URLs need the package {error.name!r}, which is not installed here: "
+            f"{found.scheme}:// URLs need the package {package!r}, which is not installed here: "
             f"pip install 'sglang-hicache[{kind.extra}]'"
         ) from error
     return vars(module)[kind.class_name](found)

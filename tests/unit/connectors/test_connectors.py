@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from sglang_hicache.connectors import (
 from sglang_hicache.errors import StorageError, UserError
 from tests.servers import s3
 from tests.servers.program import free_port
+from tests.servers.redis import Certificates, TlsServer
 from tests.unit.connectors.conftest import PASSWORD, Open, Places
 
 ODD_KEYS = [
@@ -188,6 +188,18 @@ def test_valkey_means_the_same(connect: Open, places: Places) -> None:
     assert connect(url=url.replace("redis", "valkey")).find_blocking("key") == b"value"
 
 
+def test_a_server_with_tls(places: Places, tmp_path: Path) -> None:
+    """Its certificate is checked, by the authorities that the URL names."""
+    certificates = Certificates(tmp_path / "certificates")
+    server = TlsServer(tmp_path / "tls", certificates, ["127.0.0.1"], "--tls-auth-clients", "no")
+    with server, create_remote_connector(f"{server.tls_url}/m?tls_ca_file={certificates.ca_file}") as place:
+        place.write_blocking("key", b"value")
+        assert place.find_blocking("key") == b"value"
+        with create_remote_connector(f"{server.tls_url}/m") as strict, pytest.raises(StorageError) as caught:
+            strict.find_blocking("key")
+    assert caught.value.code == "tls"
+
+
 def test_a_database_is_an_option(connect: Open, places: Places) -> None:
     url = places.new("redis")
     connect(url=f"{url}?db=3").write_blocking("key", b"value")
@@ -219,19 +231,20 @@ def test_a_server_that_is_not_there_is_named(connect: Open) -> None:
         connect(url=f"redis://127.0.0.1:{port}/m").find_blocking("k")
 
 
-@pytest.mark.parametrize(("url", "package"), [("redis://host/m", "redis"), ("s3://bucket/m", "obstore")])
+@pytest.mark.parametrize(
+    ("url", "package", "extra"), [("redis://host/m", "redis", "redis"), ("s3://bucket/m", "obstore", "s3")]
+)
 def test_a_package_that_is_missing_is_named_with_its_extra(
-    url: str, package: str, monkeypatch: pytest.MonkeyPatch
+    url: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = importlib.import_module
-
-    def without(name: str, *args: object) -> object:
-        if name.startswith("sglang_hicache.connectors."):
-            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-        return real(name)
-
-    monkeypatch.setattr(importlib, "import_module", without)
-    extra = {"obstore": "s3"}.get(package, package)
+    ours = [f"sglang_hicache.{name}_client" for name in ("remote.redis", "remote.s3")]
+    ours += [f"sglang_hicache.connectors.{extra}", "sglang_hicache.remote.s3_errors"]
+    for name in list(sys.modules):
+        if name in ours:
+            monkeypatch.delitem(sys.modules, name)
+        elif name.partition(".")[0] == package:
+            monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"need the package '{package}'.*pip install 'sglang-hicache\[{extra}\]'"):
         create_remote_connector(url)
 

@@ -60,6 +60,11 @@ def test_a_plain_folder_by_its_url_is_that_folder(resolved: Resolve, model_dir: 
     assert (model.path, model.weights_url, model.place) == (str(model_dir), "", str(model_dir))
 
 
+def test_the_folder_of_a_saved_model_is_told_its_url(resolved: Resolve, url: str) -> None:
+    with pytest.raises(UserError, match=f"as save_model stores it; its URL is {url}"):
+        resolved("--model-path", url.removeprefix("file://"))
+
+
 class FakeRedis(FileConnector):
     """Stands for a Redis server: the URL has a password, and the model is in a folder."""
 
