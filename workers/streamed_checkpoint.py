@@ -30,6 +30,9 @@ from sglang_hicache.workers.checkpoint import Wanted, check_shape, no_such_tenso
 
 _log = logging.getLogger(__name__)
 
+#: A large model takes minutes; this often the log says how far it has come.
+_LOG_BYTES = 8 << 30
+
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -53,11 +56,14 @@ class StreamedCheckpoint:
         for filling in fillings:
             if filling.is_full:  # of nothing: no bytes will come for it
                 yield filling.want, filling.value
-        read_bytes = 0
+        read_bytes = told_bytes = 0
         for fragment in self._model.fragments([filling.extent for filling in fillings]):
             filling = fillings[fragment.index]
             filling.add(fragment.data)
             read_bytes += len(fragment.data)
+            if read_bytes - told_bytes >= _LOG_BYTES:
+                told_bytes = read_bytes
+                _log.info("streamed %.1f GB of weights so far", read_bytes / 1e9)
             if filling.is_full:
                 yield filling.want, filling.value
         _log.info("streamed %.1f MB of weights from %s", read_bytes / 1e6, self._url)

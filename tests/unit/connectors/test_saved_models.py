@@ -369,6 +369,22 @@ def test_a_file_is_never_written_through_a_link(connect: Open, places: Places, t
     assert not (tmp_path / "target").exists()
 
 
+def test_five_thousand_chunks(connect: Open, model: Path) -> None:
+    """What is there is found by listings, which have many pages: a chunk that one of them lacks would be written anew,
+    and one of an earlier model stay for ever."""
+    with open(model / "model-1.safetensors", "ab") as file:
+        for number in range(5000):
+            file.write(number.to_bytes(4, "little") * (CHUNK_BYTES // 4))
+    place = connect("redis")
+    saved = save(model, place)
+    assert len(chunks(place)) > 5000 and set(chunks(place)) == saved.manifest.keys()
+    place.delete_blocking([MANIFEST_NAME])
+    assert save(model, place).written_bytes == 0
+    write_model(model.with_name("other"), seed=2)
+    assert save(model.with_name("other"), place, overwrite=True).removed > 5000
+    assert len(chunks(place)) < 50
+
+
 def test_two_models_in_one_store_have_nothing_in_common(
     kind: str, connect: Open, places: Places, model: Path, tmp_path: Path
 ) -> None:

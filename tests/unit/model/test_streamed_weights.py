@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig, PreTrainedModel
 
+from sglang_hicache.connectors import source
 from sglang_hicache.connectors.create import create_remote_connector
 from sglang_hicache.connectors.file import FileConnector
+from sglang_hicache.connectors.manifest import MANIFEST_NAME, encode_manifest
 from sglang_hicache.connectors.source import fetch_blocking
 from sglang_hicache.connectors.stored_model import READ_AHEAD, Extent, StoredModel
 from sglang_hicache.connectors.upload import Upload
@@ -72,6 +74,23 @@ def test_every_rank_gets_what_a_folder_gives(name: str, dtype: torch.dtype, tmp_
             found = dict(load(pulled, config, rank, size, dtype, url).named_parameters())
             assert found.keys() == wanted.keys()
             assert not [key for key in wanted if not torch.equal(found[key], wanted[key])], (size, rank)
+
+
+def test_a_folder_that_was_copied_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its chunks are parts of whole objects."""
+    monkeypatch.setattr(source, "CHUNK_BYTES", CHUNK_BYTES)
+    folder, pulled = tmp_path / "model", tmp_path / "run"
+    save_model(folder, config_of("qwen3"))
+    pulled.mkdir()
+    (pulled / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with create_remote_connector(f"file://{folder}") as place:
+        manifest = source.scan_blocking(place, pulled)
+    assert manifest.layout == "whole" and len(manifest.files[0].chunks) > 10
+    (pulled / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
+    config = models.read_config(str(pulled))
+    wanted = dict(load(str(folder), config, 1, 2, torch.float32).named_parameters())
+    found = dict(load(str(pulled), config, 1, 2, torch.float32, f"file://{folder}").named_parameters())
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_tensors_that_start_anywhere(tmp_path: Path) -> None:
