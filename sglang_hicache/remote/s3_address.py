@@ -13,6 +13,8 @@ SCHEME = "s3://"
 
 #: Looser than Amazon's own rule, which other servers do not have: no slash, nothing that needs a quote in a URL.
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+_REGION = re.compile(r"[A-Za-z0-9._-]+")
+
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 
 
@@ -50,6 +52,20 @@ def check_prefix(prefix: str) -> None:
         )
 
 
+def check_region(region: str) -> None:
+    """A word that goes into every signature."""
+    if not _REGION.fullmatch(region):
+        raise ValueError(f"region={region!r} is not allowed; it takes a name of letters, digits and hyphens")
+
+
+def check_key(name: str, text: str) -> None:
+    """A key or a token, by the name under which it was given.  The end of a line, which comes along when a key is read
+    from a file, would go unseen into a secret key, and the library ends with a panic where a header cannot hold it."""
+    is_header = not name.lower().endswith(("secret_key", "secret_access_key"))
+    if text != text.strip() or not text.isprintable() or (is_header and not text.isascii()):
+        raise ValueError(f"{name} begins or ends with a space, or holds a line break or what no key has; give it bare")
+
+
 def parse_s3_url(url: str) -> tuple[str, str]:
     """Bucket and prefix of `s3://bucket/prefix`; a prefix that is not empty ends with a slash."""
     bucket, _, prefix = url.removeprefix(SCHEME).partition("/")
@@ -65,6 +81,9 @@ def parse_s3_url(url: str) -> tuple[str, str]:
 def with_bucket(endpoint: str, bucket: str) -> str:
     """The endpoint under which a server that is asked by host name keeps this bucket."""
     scheme, _, rest = endpoint.partition("://")
+    host = _host(endpoint)
+    if host.startswith("[") or host.rpartition(".")[2].isdigit():
+        raise ValueError(f"path_style=false puts the bucket in front of a host name, and {host} is a number")
     return f"{scheme}://{bucket}.{rest}"
 
 

@@ -19,16 +19,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError, InvalidPathError
 from obstore.store import S3Store
 
 from sglang_hicache.errors import StorageError
-from sglang_hicache.remote.s3_address import check_bucket, check_endpoint, check_prefix, with_bucket
-from sglang_hicache.remote.s3_credentials import NoCredentials, endpoint_of, profile_keys, region_of
+from sglang_hicache.remote.s3_address import (
+    check_bucket,
+    check_endpoint,
+    check_key,
+    check_prefix,
+    check_region,
+    with_bucket,
+)
+from sglang_hicache.remote.s3_credentials import (
+    GivenKeys,
+    NoCredentials,
+    ProfileKeys,
+    endpoint_of,
+    profile_keys,
+    region_of,
+)
 from sglang_hicache.remote.s3_errors import does_not_do_ranges, is_about_the_bucket, is_behind_the_end, storage_error
-
-#: Everything that a call of the library raises for what the outside does, or for a key that it cannot name.
-S3_ERRORS = (BaseError, OSError, ValueError)
 
 #: Pieces of a body are handed over as they come from the connection: larger ones would be put together first.
 _PIECE_BYTES = 1
@@ -77,6 +88,10 @@ class S3Endpoint:
     def place(self) -> str:
         """For an operator: no secret."""
         where = self.endpoint or endpoint_of()
+        try:
+            check_endpoint(where)
+        except ValueError:
+            where = ""  # it may hold a password, and nothing is asked there
         return f"s3://{self.bucket}/{self.prefix}" + (f" on {where}" if where else "")
 
 
@@ -90,7 +105,7 @@ class S3Bucket:
             self._library: S3Store | None = _store(endpoint)
         except NoCredentials as error:
             raise StorageError(f"S3 at {self.place}: {error}", "refused", "wrong_password") from error
-        except S3_ERRORS as error:
+        except _s3_errors() as error:
             raise StorageError(f"S3 at {self.place}: {error}", "refused", "bad_config") from error
 
     def __repr__(self) -> str:
@@ -111,14 +126,16 @@ class S3Bucket:
         try:
             for _ in self._list(f"{self._prefix}{prefix}", chunk=1):
                 return
-        except S3_ERRORS as error:
+        except InvalidPathError:
+            return  # the library cannot name a key that somebody else has put there, and so there was a list
+        except _s3_errors() as error:
             raise self._error(error, "list", prefix) from error
 
     def size_blocking(self, key: str) -> int | None:
         """Bytes of an object; None: there is none."""
         try:
             return self._store.head(self._prefix + key)["size"]
-        except S3_ERRORS as error:
+        except _s3_errors() as error:
             return self._absent(error, "look up", key)
 
     def open_blocking(self, key: str) -> tuple[int, Iterator[bytes]] | None:
@@ -126,7 +143,7 @@ class S3Bucket:
         Whoever lets go of the iterator early has downloaded only what had come by then."""
         try:
             answer = self._store.get(self._prefix + key)
-        except S3_ERRORS as error:
+        except _s3_errors() as error:
             return self._absent(error, "get", key)
         return answer.meta["size"], self._pieces(answer, key)
 
@@ -134,14 +151,14 @@ class S3Bucket:
         """A whole object; None: there is none."""
         try:
             return memoryview(self._store.get(self._prefix + key).bytes())
-        except S3_ERRORS as error:
+        except _s3_errors() as error:
             return self._absent(error, "get", key)
 
     def get_range_blocking(self, key: str, start: int, length: int) -> Buffer | None:
         """Some bytes of an object, fewer if it ends before; None: there is no such object."""
         try:
             return memoryview(self._store.get_range(self._prefix + key, start=start, length=length))
-        except S3_ERRORS as error:
+        except _s3_errors() as error:
             if is_behind_the_end(error):
                 return b""
             if does_not_do_ranges(error):
@@ -168,7 +185,7 @@ class S3Bucket:
             self._store.put(self._prefix + key, content, **options)
         except AlreadyExistsError:
             return False
-        except S3_ERRORS as error:
+        except _s3_errors() as error:
             raise self._error(error, "put", key) from error
         return True
 
@@ -181,7 +198,7 @@ class S3Bucket:
             for found in itertools.chain.from_iterable(self._list(folder, _LIST_KEYS)):
                 if found["path"].startswith(start):
                     yield found["path"].removeprefix(self._prefix), found["size"]
-        except S3_ERRORS as error:
+        except _s3_errors() as error:
             raise self._error(error, "list", prefix) from error
 
     def delete_blocking(self, keys: Iterable[str]) -> None:
@@ -190,7 +207,7 @@ class S3Bucket:
         for start in range(0, len(names), _LIST_KEYS):
             try:
                 self._store.delete(names[start : start + _LIST_KEYS])
-            except S3_ERRORS as error:
+            except _s3_errors() as error:
                 raise self._error(error, "delete", names[start]) from error
 
     def _list(self, folder: str, chunk: int) -> Iterable[Sequence[Mapping[str, Any]]]:
@@ -199,7 +216,7 @@ class S3Bucket:
     def _pieces(self, answer: Any, key: str) -> Iterator[bytes]:
         try:
             yield from answer.stream(min_chunk_size=_PIECE_BYTES)
-        except S3_ERRORS as error:
+        except _s3_errors() as error:
             raise self._error(error, "get", key) from error
 
     def _skip_blocking(self, key: str, start: int, length: int) -> Buffer | None:
@@ -226,6 +243,26 @@ class S3Bucket:
         return storage_error(error, f"{doing} {key}" if key else doing, self.place)
 
 
+def _s3_errors() -> tuple[type[BaseException], ...]:
+    """Everything that a call of the library raises for what the outside does, or for a key that it cannot name, and its
+    panics: something that it took for granted was not so, as in an answer that names a key nobody had asked about.
+    Their class is made when the first one comes, is exported nowhere, and is no `Exception`: a lane would end by it."""
+    panics = [kind for kind in BaseException.__subclasses__() if kind.__name__ == "PanicException"]
+    return (BaseError, OSError, ValueError, *panics)
+
+
+def _keys(endpoint: S3Endpoint, environment: Mapping[str, str]) -> GivenKeys | ProfileKeys | None:
+    """Whose requests they are; None: the library knows.  ValueError, NoCredentials: nobody's."""
+    given = (endpoint.access_key, endpoint.secret_key, endpoint.session_token)
+    if bool(endpoint.access_key) != bool(endpoint.secret_key):
+        raise ValueError("access_key and secret_key come together; give both or neither")
+    if not endpoint.access_key:
+        return profile_keys(environment)
+    for name, text in zip(("access_key", "secret_key", "session_token"), given):
+        check_key(name, text)
+    return GivenKeys(*given)
+
+
 def _store(endpoint: S3Endpoint, environment: Mapping[str, str] = os.environ) -> S3Store:
     """The library's object.  ValueError, OSError, NoCredentials: it cannot be made."""
     server = endpoint.endpoint or endpoint_of(environment)
@@ -233,14 +270,15 @@ def _store(endpoint: S3Endpoint, environment: Mapping[str, str] = os.environ) ->
     check_prefix(endpoint.prefix)
     if server:
         check_endpoint(server)
-    if bool(endpoint.access_key) != bool(endpoint.secret_key):
-        raise ValueError("access_key and secret_key come together; give both or neither")
+    region = endpoint.region or region_of(environment)
+    check_region(region)
+    keys = _keys(endpoint, environment)
     timeout = datetime.timedelta(seconds=endpoint.timeout_s)
     is_plain = server.startswith("http://")
     by_path = bool(server) if endpoint.path_style is None else endpoint.path_style
     config: dict[str, Any] = {
         "disable_bulk_delete": not endpoint.bulk_delete,
-        "region": endpoint.region or region_of(environment),
+        "region": region,
         "virtual_hosted_style_request": not by_path,
         "unsigned_payload": not (is_plain if endpoint.sign_payload is None else endpoint.sign_payload),
     }
@@ -248,12 +286,8 @@ def _store(endpoint: S3Endpoint, environment: Mapping[str, str] = os.environ) ->
         config["endpoint"] = server if by_path else with_bucket(server, endpoint.bucket)
         # It comes before `endpoint` in the library, and could come from the environment.
         config["aws_endpoint_url_s3"] = config["endpoint"]
-    keys = None
     if endpoint.access_key:
-        config |= {"access_key_id": endpoint.access_key, "secret_access_key": endpoint.secret_key}
-        config |= {"session_token": endpoint.session_token} if endpoint.session_token else {}
-    else:
-        keys = profile_keys(environment)
+        config["skip_signature"] = False
     client: dict[str, Any] = {
         "allow_http": is_plain,
         "connect_timeout": datetime.timedelta(seconds=endpoint.connect_timeout_s),

@@ -15,6 +15,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from sglang_hicache.remote.s3_address import check_key
+
 #: Where the files say nothing either.
 DEFAULT_REGION = "us-east-1"
 
@@ -30,6 +32,18 @@ class NoCredentials(Exception):
     """Nobody said whose requests they are."""
 
 
+class GivenKeys:
+    """Keys that somebody gave as arguments, and nothing else: the library would add a token that it finds in the
+    environment, which belongs to other keys, or sign nothing at all because that is asked for there."""
+
+    def __init__(self, access_key: str, secret_key: str, session_token: str) -> None:
+        self._keys = (access_key, secret_key, session_token or None)
+
+    def __call__(self) -> dict[str, object]:
+        access_key, secret_key, token = self._keys
+        return {"access_key_id": access_key, "secret_access_key": secret_key, "token": token, "expires_at": None}
+
+
 class ProfileKeys:
     """Keys of a profile in the files; the library calls it when it needs them, on a thread of its own."""
 
@@ -38,6 +52,8 @@ class ProfileKeys:
 
     def __call__(self) -> dict[str, object]:
         found = _profile(self._environment)
+        for name in ("aws_access_key_id", "aws_secret_access_key", "aws_session_token"):
+            check_key(name, found.get(name, ""))
         return {
             "access_key_id": found["aws_access_key_id"],
             "secret_access_key": found["aws_secret_access_key"],
@@ -47,7 +63,10 @@ class ProfileKeys:
 
 
 def profile_keys(environment: Mapping[str, str] = os.environ) -> ProfileKeys | None:
-    """The keys of the files, where nothing comes before them; None: the library knows, or NoCredentials."""
+    """The keys of the files, where nothing comes before them; None: the library knows, or NoCredentials.
+    ValueError: the environment has some that nobody could use."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        check_key(name, environment.get(name, ""))
     if any(environment.get(name) for name in _BEFORE_FILES):
         return None
     if {"aws_access_key_id", "aws_secret_access_key"} <= set(_profile(environment)):

@@ -13,6 +13,8 @@ from sglang_hicache.errors import StorageError
 
 _CODE = re.compile(r"<Code>(\w{1,80})</Code>")
 _WORDS = re.compile(r"<Message>([^<]{1,200})")
+#: Of one object among many that were to be deleted.
+_NOT_DELETED = re.compile(r"DeleteObjects request failed for key [^\n]*: ([^\n]{1,200}) \(code: (\w{1,80})\)")
 _STATUS = re.compile(r"status code: (\d{3})(?: ([A-Za-z ]{1,40}))?")
 
 #: What a server says, and what it is to us.
@@ -115,6 +117,9 @@ def _judge(text: str) -> tuple[str, str, str]:
     """What to say, reason and code; nothing to say: the text is none that is known."""
     if _NO_KEYS.search(text):
         return "no access key that could be used was found", "refused", "wrong_password"
+    one = _NOT_DELETED.search(text)
+    if one:
+        return (f"{one[2]} ({one[1]})", *_BY_CODE.get(one[2], ("io", "")))
     found = _CODE.search(text)
     status = _STATUS.search(text)
     words = _WORDS.search(text)

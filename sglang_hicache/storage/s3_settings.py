@@ -6,7 +6,16 @@ with a placeholder is checked on its rank, when it is known.  No complaint repea
 
 from __future__ import annotations
 
-from sglang_hicache.remote.s3_address import check_bucket, check_endpoint, check_prefix
+import msgspec
+
+from sglang_hicache.remote.s3_address import (
+    check_bucket,
+    check_endpoint,
+    check_key,
+    check_prefix,
+    check_region,
+    with_bucket,
+)
 from sglang_hicache.storage.capacity import parse_size
 from sglang_hicache.storage.object_name import DEFAULT_PREFIX
 from sglang_hicache.storage.placeholders import has_placeholder
@@ -63,15 +72,22 @@ class S3Settings(BackendSettings, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not self.bucket:
             raise ValueError("bucket is missing; give the name of a bucket that is there")
-        for text, check in ((self.bucket, check_bucket), (self.endpoint, check_endpoint), (self.prefix, check_prefix)):
+        for text, check in (
+            (self.bucket, check_bucket), (self.endpoint, check_endpoint), (self.prefix, check_prefix),
+            (self.region, check_region),
+        ):  # fmt: skip
             if text and not has_placeholder(text):
                 check(text)
+        if self.path_style is False and self.endpoint and not has_placeholder(self.endpoint):
+            with_bucket(self.endpoint, self.bucket)
         if len(self.prefix.encode()) > _LONGEST_PREFIX:
             raise ValueError(f"prefix has {len(self.prefix.encode())} bytes; at most {_LONGEST_PREFIX} are allowed")
         if bool(self.access_key) != bool(self.secret_key):
             raise ValueError("access_key and secret_key go together; give both, or none for the usual chain")
         if self.session_token and not self.access_key:
             raise ValueError("session_token goes with access_key and secret_key; give all three, or none")
+        for name in ("access_key", "secret_key", "session_token"):
+            check_key(name, msgspec.structs.asdict(self)[name])
         path = self.tls_ca_file
         if path and not has_placeholder(path) and (not path.startswith("/") or "\0" in path):
             raise ValueError(f"tls_ca_file={path!r} is not allowed; it takes the absolute path of a file")

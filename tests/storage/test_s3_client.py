@@ -135,6 +135,17 @@ def test_given_keys_come_before_all_others(port: int, no_aws: pytest.MonkeyPatch
         assert machine.requests == []
 
 
+def test_given_keys_bring_nothing_of_other_keys_along(no_aws: pytest.MonkeyPatch) -> None:
+    """A machine of Amazon's has a token for its own keys in the environment, and the store is somebody else's."""
+    no_aws.setenv("AWS_SESSION_TOKEN", "token-of-others")
+    no_aws.setenv("AWS_SKIP_SIGNATURE", "true")
+    with s3.ScriptedServer(lambda _: s3.content(b"")) as server:
+        s3.bucket(server.port).check_blocking()
+        headers = server.requests[0].headers
+        assert headers["x-amz-security-token"] is None
+        assert f"Credential={s3.ACCESS_KEY}/" in headers["Authorization"]
+
+
 def test_a_machine_without_a_role(no_aws: pytest.MonkeyPatch) -> None:
     with s3.ScriptedServer(lambda _: s3.refusal(404, "NoSuchRole")) as machine:
         no_aws.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{machine.port}")
@@ -164,3 +175,27 @@ def test_a_bucket_in_the_host(no_aws: pytest.MonkeyPatch) -> None:
         with contextlib.suppress(StorageError):
             s3.bucket(server.port, endpoint=endpoint, path_style=False, bucket="abc").put_blocking("x", [b"1"])
         assert {request.headers["Host"].partition(":")[0] for request in server.requests} <= {"abc.localhost"}
+
+
+@pytest.mark.parametrize(
+    ("key", "reason", "code"), [("models/x", "refused", "no_permission"), ("models/never-asked", "io", "")]
+)
+def test_one_of_many_that_is_not_deleted(key: str, reason: str, code: str) -> None:
+    """The server names it, with a reason of its own.  Where it names another one the library ends with a panic, which
+    is no `Exception`: the lane that asked would end with it, and nobody would be told."""
+    words = f"<Error><Key>{key}</Key><Code>AccessDenied</Code><Message>not you</Message></Error>"
+    answer = s3.content(f"<DeleteResult>{words}</DeleteResult>".encode())
+    with s3.ScriptedServer(lambda _: answer) as server:
+        with pytest.raises(StorageError, match="not you" if code else "PanicException") as error:
+            s3.bucket(server.port, prefix="models/").delete_blocking(["x", "y"])
+        assert (error.value.reason, error.value.code) == (reason, code)
+
+
+def test_a_key_that_the_library_cannot_name_keeps_nobody_away() -> None:
+    """Somebody has put it below our prefix: there is a list, and that is all that is asked."""
+    listed = b"<ListBucketResult><Contents><Key>models//x</Key><LastModified>2026-11-28T13:00:00.000Z</LastModified>"
+    listed += b'<ETag>"e"</ETag><Size>1</Size></Contents></ListBucketResult>'
+    with s3.ScriptedServer(lambda _: s3.content(listed), lists=False) as server:
+        s3.bucket(server.port, prefix="models/").check_blocking()
+        with pytest.raises(StorageError, match="models//x"):
+            list(s3.bucket(server.port, prefix="models/").list_blocking())

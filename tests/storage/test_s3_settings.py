@@ -51,6 +51,13 @@ def test_a_bucket_is_enough() -> None:
         ({**_GOOD, "multipart_size": "much"}, "much"),
         ({**_GOOD, "max_workers": 16}, "unknown extra config 'max_workers'; s3 takes bucket, "),
         ({**_GOOD, "endpoint": "http://me:hush@h"}, "a user or a password"),
+        ({**_GOOD, "secret_key": "hush\n"}, "secret_key begins or ends with a space, or holds a line break"),
+        ({**_GOOD, "access_key": "hu\nsh"}, "access_key begins or ends"),
+        ({**_GOOD, "access_key": "hushä"}, "access_key begins or ends"),
+        ({**_GOOD, "session_token": " hush"}, "session_token begins or ends"),
+        ({**_GOOD, "region": "us east"}, "region='us east' is not allowed"),
+        ({**_GOOD, "endpoint": "http://10.0.0.1:9", "path_style": False}, "10.0.0.1 is a number"),
+        ({**_GOOD, "endpoint": "http://[::1]:9", "path_style": False}, r"\[::1\] is a number"),
     ],
 )
 def test_what_is_refused(config: dict[str, Any], words: str) -> None:

@@ -126,3 +126,25 @@ def test_one_key_alone_is_refused() -> None:
         S3Bucket(S3Endpoint(bucket="abc", secret_key="hush"))
     assert "hush" not in str(error.value)
     assert "hush" not in repr(S3Endpoint(bucket="abc", access_key="x", secret_key="hush", session_token="hush"))
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"])
+def test_keys_of_the_environment_that_nobody_could_use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that ends with a line break, read into a variable: the library would end with a panic at its first
+    request, or sign with another key."""
+    keys = {"AWS_ACCESS_KEY_ID": "hush1", "AWS_SECRET_ACCESS_KEY": "hush2", "AWS_SESSION_TOKEN": "hush3"}
+    for key, text in keys.items():
+        monkeypatch.setenv(key, f"{text}\n" if key == name else text)
+    with pytest.raises(StorageError, match=f"{name} begins or ends with a space") as error:
+        S3Bucket(S3Endpoint(bucket="abc"))
+    assert error.value.code == "bad_config" and "hush" not in str(error.value)
+
+
+def test_an_address_with_a_password_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the extra config is refused before anything is made of it; this one comes from the environment."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:hush@host:9000")
+    endpoint = S3Endpoint(bucket="abc", access_key="a", secret_key="b")
+    assert endpoint.place() == "s3://abc/"
+    with pytest.raises(StorageError, match="a user or a password") as error:
+        S3Bucket(endpoint)
+    assert "hush" not in str(error.value)
