@@ -32,7 +32,7 @@ from sglang_hicache.storage.backend import Capabilities, OpenContext, PageOutcom
 from sglang_hicache.storage.dynamic_settings import DynamicSettings
 from sglang_hicache.storage.object_name import DEFAULT_PREFIX, object_name
 from sglang_hicache.storage.page_format import HEADER_BYTES, IncomingPage, OutgoingPage, PageName, parse_header
-from sglang_hicache.storage.plugin_calls import Copies, Interface, PlugIn, Pools, Slots, careful
+from sglang_hicache.storage.plugin_calls import Copies, Interface, NotWrittenError, PlugIn, Pools, Slots, careful
 from sglang_hicache.storage.plugin_modules import class_blocking, interface_blocking
 from sglang_hicache.storage.plugin_pool import StagingPool
 
@@ -99,7 +99,7 @@ class DynamicBackend(StorageBackend):
 
     def open_blocking(self) -> None:
         settings = self._settings
-        types = interface_blocking()
+        types = careful("the interface of SGLang cannot be imported", interface_blocking)
         plug_in_class = class_blocking(settings.module_path, settings.class_name, settings.backend_name)
         pool = self._pool = StagingPool(self._context.page_bytes)
         config = types.HiCacheStorageConfig(
@@ -166,7 +166,10 @@ class DynamicBackend(StorageBackend):
         outcomes: list[PageOutcome] = []
         with self._reading:
             for part in self._parts(pages):
-                outcomes += self._read(part)
+                try:
+                    outcomes += self._read(part)
+                except StorageError as error:
+                    return [*outcomes, error]
                 if PageResult.MISS in outcomes:
                     break  # nobody uses a page behind a gap
         return outcomes
@@ -175,7 +178,10 @@ class DynamicBackend(StorageBackend):
         outcomes: list[PageOutcome] = []
         with self._writing:
             for part in self._parts(pages):
-                outcomes += self._write(part)
+                try:
+                    outcomes += self._write(part)
+                except StorageError as error:
+                    return [*outcomes, error]
                 if isinstance(outcomes[-1], StorageError):
                     break
         return outcomes
@@ -195,8 +201,7 @@ class DynamicBackend(StorageBackend):
                 'if its store is ours alone, attach it with "clear_all": true',
                 "refused",
             )
-        if self._ask(lambda _: self._called("clear")) is False:
-            raise StorageError(f"the plug-in {self._settings.plug_in()} did not clear its store")
+        self._ask(lambda interface: interface.clear())
         known = len(self._written)
         self._written.clear()
         self._steps.clear()
@@ -219,10 +224,9 @@ class DynamicBackend(StorageBackend):
             raise StorageError("the plug-in is not open")
         try:
             return question(interface)
-        except NotImplementedError as error:
+        except NotWrittenError:
             self._counters.add("wrong_answers")
-            said = f"the plug-in {self._settings.plug_in()} lacks a method of its interface: {error}"
-            raise StorageError(said, "contract") from error
+            raise
 
     def _called(self, method: str, *args: Any) -> Any:
         assert self._plug_in is not None, "asked through `_ask`"

@@ -28,12 +28,16 @@ _logger = logging.getLogger(__name__)
 _BOOLEANS = (bool, int, numpy.bool_, numpy.integer)
 
 
+class NotWrittenError(StorageError):
+    """A method that the interface has, and whoever wrote the plug-in has not written."""
+
+
 def careful(what: str, call: Callable[..., Any], *args: Any) -> Any:
     """One call into foreign code.  StorageError: it raised, or wanted to end the process; `what` says where."""
     try:
         return call(*args)
-    except NotImplementedError:
-        raise
+    except NotImplementedError as error:
+        raise NotWrittenError(f"{what}: it is not written ({error})", "contract") from error
     except (Exception, SystemExit) as error:
         _logger.debug("%s", what, exc_info=True)
         raise StorageError(f"{what}: {type(error).__name__}: {error}") from error
@@ -49,23 +53,36 @@ class PlugIn:
         #: By method: does it take the extra info that newer callers send along?
         self._modern: dict[str, bool] = {}
 
+    def __str__(self) -> str:
+        return self._name
+
     def has(self, method: str) -> bool:
         """Can it be called at all?"""
-        return callable(getattr(self._instance, method, None))
+        return callable(self._careful(method, lambda: getattr(self._instance, method, None)))
+
+    def has_own(self, method: str, base: type) -> bool:
+        """The same, and not by what it inherits from `base`, which does nothing."""
+        return self.has(method) and getattr(type(self._instance), method, None) is not vars(base).get(method)
 
     def call(self, method: str, *args: Any) -> Any:
-        """What it answers, whatever that is; StorageError if it raises.  NotImplementedError passes, as an answer."""
-        try:
-            return careful(f"the plug-in {self._name} raised in {method}", getattr(self._instance, method), *args)
-        except StorageError:
-            self._counters.add("raised_calls")
-            raise
+        """What it answers, whatever that is; StorageError if it raises."""
+        return self._careful(method, lambda: getattr(self._instance, method)(*args))
 
     def call_with(self, method: str, *args: Any, extra: Any) -> Any:
         """The same; `extra` goes along if the method takes one argument more."""
         if method not in self._modern:
-            self._modern[method] = _takes(getattr(self._instance, method), len(args) + 1)
+            count = len(args) + 1
+            self._modern[method] = self._careful(method, lambda: _takes(getattr(self._instance, method), count))
         return self.call(method, *args, *([extra] if self._modern[method] else []))
+
+    def _careful(self, method: str, call: Callable[[], Any]) -> Any:
+        try:
+            return careful(f"the plug-in {self._name} raised in {method}", call)
+        except NotWrittenError:
+            raise  # an answer of its kind: instead of a batch, one by one will do
+        except StorageError:
+            self._counters.add("raised_calls")
+            raise
 
     def broken(self, method: str, answer: object) -> StorageError:
         """The answer is none."""
@@ -108,6 +125,13 @@ class Interface(ABC):
         """How many are there, from the first one on."""
         answer = self._plug_in.call_with("batch_exists", keys, extra=self._extra())
         return self._plug_in.count("batch_exists", answer, len(keys))
+
+    def clear(self) -> None:
+        """Have it forget everything.  StorageError: it cannot, or says that it did not."""
+        if not self._plug_in.has_own("clear", self._types.HiCacheStorage):
+            raise StorageError(f"the plug-in {self._plug_in} has no clear() of its own: its pages stay", "refused")
+        if self._plug_in.call("clear") is False:
+            raise StorageError(f"the plug-in {self._plug_in} did not clear its store")
 
     @abstractmethod
     def read(self, keys: list[str], slots: range) -> list[memoryview | None]:
@@ -164,7 +188,7 @@ class Copies(Interface):
             return NotImplemented
         try:
             return self._plug_in.call(method, keys, tensors)
-        except NotImplementedError:
+        except NotWrittenError:
             return NotImplemented
 
     def _bytes(self, value: Any) -> memoryview:

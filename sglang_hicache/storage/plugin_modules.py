@@ -21,6 +21,7 @@ from typing import Any
 from sglang_hicache.errors import StorageError
 from sglang_hicache.storage import plugin_interface
 from sglang_hicache.storage.dynamic_settings import ALIASES
+from sglang_hicache.storage.plugin_calls import careful
 
 _INTERFACE = "sglang.srt.mem_cache.hicache_storage"
 
@@ -46,15 +47,12 @@ def interface_blocking() -> ModuleType:
 
 
 def class_blocking(module_path: str, class_name: str, backend_name: str) -> type[Any]:
-    """The plug-in's class.  StorageError: what is missing."""
-    interface_blocking()
+    """The plug-in's class; the interface has been imported.  StorageError: what is missing, or what it raised."""
     try:
-        module = importlib.import_module(module_path)  # lazy door: the operator names it
-    except ImportError as error:
-        raise _missing(module_path, backend_name, error) from error
-    except SystemExit as error:
-        raise StorageError(f"the plug-in {module_path} ends the process that imports it", "refused") from error
-    found = getattr(module, class_name, None)
+        module = careful("its module", importlib.import_module, module_path)  # lazy door: the operator names it
+        found = careful("its module", getattr, module, class_name, None)
+    except StorageError as error:
+        raise _not_imported(module_path, backend_name, error.__cause__) from error.__cause__
     if not isinstance(found, type):
         raise StorageError(f"the module {module_path} has no class {class_name}", "refused", "bad_config")
     return found
@@ -83,6 +81,14 @@ def _stand_in() -> None:
         parent, _, own = name.rpartition(".")
         if parent:
             vars(sys.modules[parent])[own] = module
+
+
+def _not_imported(module_path: str, backend_name: str, error: BaseException | None) -> StorageError:
+    if isinstance(error, ImportError):
+        return _missing(module_path, backend_name, error)
+    if isinstance(error, SystemExit):
+        return StorageError(f"the plug-in {module_path} ends the process that imports it", "refused")
+    return StorageError(f"the plug-in {module_path} cannot be imported: {type(error).__name__}: {error}", "refused")
 
 
 def _missing(module_path: str, backend_name: str, error: ImportError) -> StorageError:

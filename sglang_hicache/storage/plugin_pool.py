@@ -23,7 +23,7 @@ from sglang_hicache.storage.plugin_interface import HostKVCache
 
 VALUE_ALIGNMENT = 4096
 
-#: Slots of one direction: as many as SGLang hands over at once, and no more bytes than a lane's batch.
+#: Slots of one direction: as many as SGLang hands over at once, and no more bytes of pages than a lane's batch.
 MOST_SLOTS = 128
 MOST_BYTES = 32 << 20
 
@@ -51,7 +51,8 @@ class StagingPool(HostKVCache):
         content = HEADER_BYTES + max(page_bytes, _LEAST_PAYLOAD)
         self.value_bytes = -(-content // VALUE_ALIGNMENT) * VALUE_ALIGNMENT
         #: Slots of reads come first, then as many of writes.
-        self.slots = max(1, min(MOST_SLOTS, MOST_BYTES // self.value_bytes))
+        # By the pages alone, as a lane counts them: with their headers the last page of a batch would go by itself.
+        self.slots = max(1, min(MOST_SLOTS, MOST_BYTES // max(page_bytes, _LEAST_PAYLOAD)))
         self.size = self.page_num = 2 * self.slots
         self.dtype = torch.uint8
         self.size_per_token = self.head_dim = self.value_bytes

@@ -27,6 +27,8 @@ from sglang_hicache.storage.dynamic import DynamicBackend
 from sglang_hicache.storage.dynamic_settings import ALIASES, DynamicSettings
 from sglang_hicache.storage.encryption import AesGcm
 from sglang_hicache.storage.page_format import WRITE_CHUNK_BYTES, IncomingPage
+from sglang_hicache.storage.plugin_pool import StagingPool
+from sglang_hicache.workers.storage_lanes import BATCH_BYTES, BATCH_PAGES
 from tests.house.source import ROOT
 from tests.storage import pages
 from tests.storage.plugins.shelf import SHELVES
@@ -120,6 +122,55 @@ def test_values_are_whole_pages_of_one_size_under_keys_like_those_of_sglang(open
     assert pages.store(again).lookup_blocking(keys) == 3
 
 
+def test_what_it_cannot_do_at_the_end_is_told_to_the_log_only(caplog: pytest.LogCaptureFixture) -> None:
+    backend = made("x", module_path=f"{HOME}.shapes", class_name="NotClosed", **V1)
+    backend.open_blocking()
+    backend.close_blocking()
+    assert "raised in close: it is not written" in caplog.text
+    SHELVES.clear()
+
+
+def test_a_method_that_is_there_some_of_the_time_is_a_fault_like_any_other(
+    opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = opened("x", module_path=f"{HOME}.shapes", class_name="Moody", **V1)
+    store = pages.store(backend)
+    store.write_blocking(pages.keys(1), [pages.content(1)], b"", 0)
+    monkeypatch.setattr(type(instance(backend)), "is_well", False)
+    assert store.read_blocking(pages.keys(1), pages.empty(1)).reason.startswith("io: the plug-in")
+    assert backend.stats()["raised_calls"] == 3
+
+
+@pytest.mark.parametrize("page_bytes", [1 << 20, 1 << 18, 64])
+def test_a_batch_of_a_lane_goes_in_one_part(page_bytes: int) -> None:
+    """A page more would be a call of its own, one for each batch."""
+    pool = StagingPool(page_bytes)
+    assert pool.slots == min(BATCH_PAGES, BATCH_BYTES // page_bytes)
+    pool.close()
+
+
+def test_parts_that_went_well_before_one_that_failed_count(opened: Any) -> None:
+    backend = opened("pointers")
+    store, keys = pages.store(backend), pages.keys(300)
+    contents = [pages.content(n) for n in range(300)]
+    plug_in, calls = instance(backend), []
+
+    def fail_from_the_second_on(transfer: Any) -> Any:
+        def transferred(*args: Any) -> Any:
+            calls.append(len(args[0]))
+            return transfer(*args) if len(calls) == 1 else None
+
+        return transferred
+
+    plug_in.batch_set_v1 = fail_from_the_second_on(plug_in.batch_set_v1)
+    assert store.write_blocking(keys, contents, b"", 0).pages == 128 and calls == [128, 128]
+    del plug_in.batch_set_v1
+    assert store.write_blocking(keys, contents, b"", 0).pages == 300
+    calls.clear()
+    plug_in.batch_get_v1 = fail_from_the_second_on(plug_in.batch_get_v1)
+    assert store.read_blocking(keys, pages.empty(300)).pages == 128 and calls == [128, 128]
+
+
 def test_batches_longer_than_the_pool_go_in_parts(opened: Any) -> None:
     for which in ("copies", "pointers", "named-pools"):
         backend = opened(which)
@@ -196,6 +247,9 @@ def test_the_pool_says_of_itself_what_sglangs_says(opened: Any) -> None:
         (f"{HOME}.shapes:Nothing", "has no class Nothing", "bad_config"),
         (f"{HOME}.shapes:NOT_A_CLASS", "has no class NOT_A_CLASS", "bad_config"),
         (f"{HOME}.quits:Store", "ends the process that imports it", "other"),
+        (f"{HOME}.breaks:Store", r"breaks cannot be imported: FileNotFoundError: .* libmine.so", "not_found"),
+        (f"{HOME}.shapes:NotWritten", r"cannot be made: it is not written \(next release\)", "contract"),
+        (f"{HOME}.shapes:NotRegistered", "on_host_pools_registered: it is not written", "contract"),
         (f"{HOME}.shapes:Bare", "has no set, which the interface v0 needs", "bad_config"),
         (f"{HOME}.shapes:Unmakeable", "cannot be made: ConnectionRefusedError", "refused"),
         (f"{HOME}.shapes:Unready", "wants another page size", "other"),
@@ -287,6 +341,15 @@ def test_clearing_is_refused_unless_the_store_is_ours_alone(opened: Any) -> None
     pages.store(ours).write_blocking(pages.keys(3), [pages.content(n) for n in range(3)], b"", 0)
     assert ours.clear_blocking(pages.NAMESPACE) == 1  # of four, it has written one
     assert not SHELVES["clearing"]
+
+
+def test_a_plug_in_that_only_inherits_its_clear_has_cleared_nothing(opened: Any) -> None:
+    """What it inherits from SGLang does nothing, and says nothing."""
+    backend = opened("x", module_path=f"{HOME}.shapes", class_name="NotCleared", clear_all=True, **V1)
+    pages.store(backend).write_blocking(pages.keys(1), [pages.content(1)], b"", 0)
+    with pytest.raises(StorageError, match=r"has no clear\(\) of its own: its pages stay") as caught:
+        backend.clear_blocking(pages.NAMESPACE)
+    assert caught.value.reason == "refused"
 
 
 def test_a_full_plug_in_keeps_the_first_pages(opened: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
+
 from tests.storage.plugins.slots import Pointers
 
 
@@ -53,6 +55,44 @@ class Unready(Pointers):
 
     def on_host_pools_registered(self) -> None:
         raise RuntimeError("this cache manager wants another page size")
+
+
+class NotWritten(Pointers):
+    """To be made in the next release."""
+
+    def __init__(self, storage_config, kwargs) -> None:
+        raise NotImplementedError("next release")
+
+
+class NotRegistered(Pointers):
+    """Takes no pool in this one."""
+
+    def on_host_pools_registered(self) -> None:
+        raise NotImplementedError("next release")
+
+
+class NotClosed(Pointers):
+    """Stays."""
+
+    def close(self):
+        raise NotImplementedError
+
+
+class NotCleared(Pointers):
+    """Forgets by what it inherits, which is nothing."""
+
+    clear = HiCacheStorage.clear
+
+
+class Moody(Pointers):
+    """Has a method some of the time."""
+
+    is_well = True
+
+    def __getattribute__(self, name):
+        if name == "batch_get_v1" and not type(self).is_well:
+            raise RuntimeError("not today")
+        return super().__getattribute__(name)
 
 
 class Bare:
