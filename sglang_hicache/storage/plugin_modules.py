@@ -38,12 +38,20 @@ _MODULES = {
 def interface_blocking() -> ModuleType:
     """The module of the interface: SGLang's, or what stands in for it."""
     if _INTERFACE not in sys.modules:
-        found = sys.modules.get("sglang") or importlib.util.find_spec("sglang")
-        if found is None:
-            _stand_in()
-        else:
+        if is_installed():
             _import_sglang_blocking()
+        else:
+            _stand_in()
     return importlib.import_module(_INTERFACE)  # lazy door: SGLang costs seconds, and may not be there
+
+
+def is_installed() -> bool:
+    """Is there a package?  A folder of its name without a first file is none: somebody's copy of its repository, most
+    often, in the folder where the server was started."""
+    if "sglang" in sys.modules:
+        return True
+    found = importlib.util.find_spec("sglang")
+    return found is not None and found.origin is not None
 
 
 def class_blocking(module_path: str, class_name: str, backend_name: str) -> type[Any]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import secrets
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sglang_hicache.errors import StorageError, UserError
-from sglang_hicache.storage import registry
+from sglang_hicache.storage import plugin_modules, registry
 from sglang_hicache.storage.backend import OpenContext, PageResult
 from sglang_hicache.storage.checked import CheckedStore
 from sglang_hicache.storage.conformance import (
@@ -378,6 +380,18 @@ def test_a_miss_is_a_value(opened: Any) -> None:
 def pages_incoming(key: bytes) -> Any:
     """A page to be read."""
     return IncomingPage(pages.layout(), key, pages.empty(1)[0])
+
+
+def test_a_folder_of_its_name_is_no_sglang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken for it, no plug-in could be loaded in a folder that has a copy of SGLang's repository in it."""
+    (tmp_path / "sglang" / "python").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "sglang", raising=False)
+    importlib.invalidate_caches()
+    assert not plugin_modules.is_installed()
+    (tmp_path / "sglang" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert plugin_modules.is_installed()
 
 
 # ---- names that SGLang has
