@@ -55,7 +55,8 @@ _BY_WORD = {
 }
 
 #: What a server says that is another kind of server, or has fewer databases, than the settings say.
-_WRONG_KIND = ("DB index is out of range", "unknown command", "Cluster mode is not enabled", "cluster support disabled")
+_WRONG_KIND = ("DB index is out of range", "unknown command", "Cluster mode is not enabled", "cluster support disabled",
+    "is a node of a cluster")
 
 _GOOD_FOR_LOG = 300
 _WORD = re.compile(r"[A-Z]+\b")

@@ -70,6 +70,7 @@ def parse_redis_url(url: str) -> RedisUrl:
         raise ValueError(f"a unix url has three slashes before its path; {_FORM}")
     if scheme != "unix" and not host:
         raise ValueError(f"the url names no host; {_FORM}")
+    _check_host(host)
     if port == 0:
         raise ValueError("the url has port 0; it takes 1 to 65535")
     user, password = unquote(parts.username or ""), unquote(parts.password or "")
@@ -82,7 +83,16 @@ def parse_address(text: str) -> tuple[str, int]:
     host = host.removeprefix("[").removesuffix("]")
     if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536 or "@" in host or "/" in host:
         raise ValueError("it takes host:port, with the port from 1 to 65535, and neither user nor password")
+    _check_host(host)
     return host, int(port)
+
+
+def _check_host(host: str) -> None:
+    """A name that nobody could look up is found out here, and not by an error that is none of the network."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise ValueError("the name of the host has an empty part, or one that is too long") from None
 
 
 def _query(text: str) -> dict[str, str]:

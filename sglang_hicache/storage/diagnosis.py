@@ -83,6 +83,7 @@ _BY_WORDS = tuple((re.compile(words, re.IGNORECASE), code) for words, code in (
     (r"timed out", "timeout"),
     (r"connection refused", "refused"),
     (r"NoSuchBucket|no such file", "not_found"),
+    (r"set mode to cluster", "bad_config"),
     (r"\b(contract|corrupt|miss)\b|self-test: the backend (found|does not|still|deletes|read back)", "contract"),
 ))  # fmt: skip
 

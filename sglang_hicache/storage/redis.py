@@ -19,7 +19,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 
 import redis
 
@@ -34,6 +33,7 @@ from sglang_hicache.storage.redis_batch import Batch, ReadBatch, WriteBatch, is_
 from sglang_hicache.storage.redis_servers import Group, make_servers
 from sglang_hicache.storage.redis_settings import RedisSettings
 from sglang_hicache.storage.redis_wire import Line, Reply, line_of, packed
+from sglang_hicache.storage.side_by_side import SideBySide
 
 _logger = logging.getLogger(__name__)
 
@@ -64,8 +64,8 @@ class RedisBackend(StorageBackend):
         self._place = settings.place()
         self._servers = make_servers(settings)
         threads = settings.connections * (_NODES_AT_ONCE if settings.mode == "cluster" else 1)
-        self._readers = ThreadPoolExecutor(threads, "redis read")
-        self._writers = ThreadPoolExecutor(threads, "redis write")
+        self._readers = SideBySide("redis read", threads)
+        self._writers = SideBySide("redis write", threads)
         self._counters = SharedCounters()
         self._facts: list[redis_facts.ServerFacts] = []
         self._facts_lock = threading.Lock()
@@ -75,8 +75,12 @@ class RedisBackend(StorageBackend):
         return f"<RedisBackend {self._place}>"
 
     def open_blocking(self) -> None:
+        settings = self._settings
         with self._faults():
+            for path in filter(None, (settings.tls_ca_file, settings.tls_cert_file, settings.tls_key_file)):
+                open(path, "rb").close()  # the library would name the server, and not the file that is missing
             self._servers.open_blocking()
+            self._facts_due_s = self._clock() + _FACTS_S
             self._learn_blocking()
         for words in redis_facts.warnings(self._facts, self._place, self._settings.ttl_s):
             _logger.warning("%s", words)
@@ -135,15 +139,15 @@ class RedisBackend(StorageBackend):
             return self._counters.snapshot() | redis_facts.counted(self._facts)
 
     def close_blocking(self) -> None:
-        self._readers.shutdown()
-        self._writers.shutdown()
+        self._readers.close_blocking()
+        self._writers.close_blocking()
         self._servers.close_blocking()
 
     def _name(self, name: PageName) -> bytes:
         return object_name(self._settings.prefix, name).encode()
 
     def _carry_blocking(
-        self, batch: Batch, helpers: ThreadPoolExecutor, names: Sequence[bytes], numbers: Sequence[int], size_bytes: int
+        self, batch: Batch, helpers: SideBySide, names: Sequence[bytes], numbers: Sequence[int], size_bytes: int
     ) -> list[PageOutcome]:
         """These pages of a batch, side by side over some connections; outcomes of the whole batch."""
         with self._faults():
@@ -154,14 +158,7 @@ class RedisBackend(StorageBackend):
             for group in groups
             for first in range(min(shares, len(group.numbers)))
         ]
-        running = [helpers.submit(batch.run_blocking, job) for job in jobs[1:]]
-        try:
-            for job in jobs[:1]:
-                batch.run_blocking(job)
-        finally:
-            wait(running)
-        for one in running:
-            one.result()  # a defect of ours comes out on the lane that called
+        helpers.run_blocking(batch.run_blocking, jobs, lambda _: True)
         self._counters.add("redirected_pages", batch.redirected)
         return batch.finished()
 
@@ -191,8 +188,8 @@ class RedisBackend(StorageBackend):
         return replies
 
     def _number(self, reply: Reply) -> int:
-        """A reply that is a number; the library makes a truth of some."""
-        if isinstance(reply, int):
+        """A reply that is a number of something; the library makes a truth of some."""
+        if isinstance(reply, int) and reply >= 0:
             return int(reply)
         error = reply if isinstance(reply, redis.ResponseError) else redis.InvalidResponse("the reply is no number")
         with self._faults():
@@ -217,11 +214,12 @@ class RedisBackend(StorageBackend):
         facts = [redis_facts.facts_blocking(client) for client in self._servers.nodes_blocking()]
         with self._facts_lock:
             self._facts = facts
-        self._facts_due_s = self._clock() + _FACTS_S
 
     def _refresh_facts_blocking(self) -> None:
         """Now and then, on the lane that writes; whether it works or not says nothing of the pages."""
         if self._clock() >= self._facts_due_s:
+            # Also if a server does not tell: each write would wait for one that is not there.
+            self._facts_due_s = self._clock() + _FACTS_S
             with contextlib.suppress(*REDIS_ERRORS):
                 self._learn_blocking()
 

@@ -46,10 +46,15 @@ def facts_blocking(client: redis.Redis) -> ServerFacts:
     version = told.get("valkey_version") or told.get("redis_version") or UNKNOWN
     return ServerFacts(
         f"{name} {version}",
-        int(told.get("maxmemory", -1)),
-        int(told.get("used_memory", -1)),
+        _bytes(told.get("maxmemory")),
+        _bytes(told.get("used_memory")),
         str(told.get("maxmemory_policy", UNKNOWN)),
     )
+
+
+def _bytes(value: object) -> int:
+    """What is no number is unknown."""
+    return value if isinstance(value, int) else -1
 
 
 def shown(facts: Sequence[ServerFacts]) -> dict[str, str]:

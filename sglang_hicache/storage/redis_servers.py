@@ -83,7 +83,7 @@ class OneServer(Servers):
         return [Group(self._client.connection_pool, list(range(len(names))))]
 
     def follow_blocking(self, *command: bytes | int) -> Any:
-        return self._client.execute_command(*command)
+        raise redis.ResponseError("it is a node of a cluster, and does not have all names: set mode to cluster")
 
     def nodes_blocking(self) -> list[redis.Redis]:
         return [self._client]

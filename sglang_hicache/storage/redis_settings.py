@@ -73,6 +73,9 @@ class RedisSettings(BackendSettings, frozen=True, kw_only=True):
         if not has_placeholder(self.url):
             self._check_url(parse_redis_url(self.url))
 
+    def __repr__(self) -> str:
+        return f"<RedisSettings {self.place()}>"
+
     def _check_ranges(self) -> None:
         if not 0 <= self.ttl_s <= _TEN_YEARS_S:
             raise ValueError(f"ttl_s={self.ttl_s} is not allowed; it takes seconds from 0 (never) to {_TEN_YEARS_S}")

@@ -27,6 +27,9 @@ _SMALL_BYTES = 16 * 1024
 #: A line that is longer than this is none of a Redis server's.
 _LONGEST_LINE = 64 * 1024
 
+#: No server keeps more under one name unless it was told to: whoever announces more could go on for ever.
+_LARGEST_VALUE = 512 * 1024 * 1024
+
 _END = b"\r\n"
 
 Reply = int | bytes | None | redis.ResponseError
@@ -91,6 +94,8 @@ class Line:
         kind, text = self._line()
         if kind == b"$":
             size = self._number(text)
+            if size > _LONGEST_LINE:
+                raise self._nonsense()  # nothing is asked here that has a page for its reply
             return None if size < 0 else self._bulk(size)
         if kind == b":":
             return self._number(text)
@@ -110,6 +115,8 @@ class Line:
         size = self._number(text)
         if size < 0:
             return PageResult.MISS
+        if size > max(_LARGEST_VALUE, page.size_bytes):
+            raise self._nonsense()
         if size != page.size_bytes:
             self._skip(size + len(_END))
             return PageResult.WRONG_SIZE

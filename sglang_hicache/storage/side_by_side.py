@@ -7,10 +7,11 @@ others then.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 _Thing = TypeVar("_Thing")
@@ -34,9 +35,13 @@ class SideBySide:
         """The answers in order, up to the first one behind which it does not go on.  Calls behind that one may have
         been made; their answers are nobody's."""
         run = _Run(call, things, goes_on)
-        helpers = min(self._most, len(things)) - 1
-        futures = [self._helpers.submit(run.work_blocking) for _ in range(helpers)]
+        futures: list[Future[None]] = []
         try:
+            # A machine that starts no thread more: those that are there do it all.  Left by this error, they would go
+            # on filling host memory that is somebody else's by then.
+            with contextlib.suppress(RuntimeError):
+                for _ in range(min(self._most, len(things)) - 1):
+                    futures.append(self._helpers.submit(run.work_blocking))
             run.work_blocking()
         finally:
             for future in futures:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import redis
 
 from sglang_hicache.errors import StorageError
+from sglang_hicache.storage import redis_facts
 from sglang_hicache.storage.backend import PageResult, StorageBackend
 from sglang_hicache.storage.checked import BatchResult
 from sglang_hicache.storage.page_format import HEADER_BYTES
+from sglang_hicache.storage.redis_wire import Line
 from tests.servers.redis import RedisServer, redis_server
 from tests.storage import pages
 from tests.storage.conftest import Open
@@ -213,6 +218,53 @@ def test_what_is_known_of_the_server_is_asked_again_while_pages_are_written(
     vars(backend)["_facts_due_s"] = 0.0
     write(backend, 4, size=_MIB)
     assert backend.stats()["used_bytes"] > before + 4 * _MIB
+
+
+def test_a_server_that_does_not_tell_is_not_asked_with_each_write(
+    server: RedisServer, open_backend: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a node of a cluster that is away: each batch would wait until it is clear that it does not answer."""
+    backend = open_backend("redis", {"url": server.url})
+    asked: list[redis.Redis] = []
+
+    def ask(client: redis.Redis) -> redis_facts.ServerFacts:
+        asked.append(client)
+        raise redis.ConnectionError("away")
+
+    monkeypatch.setattr(redis_facts, "facts_blocking", ask)
+    vars(backend)["_facts_due_s"] = 0.0
+    assert write(backend, 1) == write(backend, 1, first=2) == BatchResult(1)
+    assert len(asked) == 1
+
+
+def test_what_a_server_says_of_its_memory_may_be_no_number() -> None:
+    told = SimpleNamespace(info=lambda: {"maxmemory": "much", "redis_version": "x"})
+    found = redis_facts.facts_blocking(told)  # type: ignore[arg-type]
+    assert (found.max_bytes, found.used_bytes, found.version) == (-1, -1, "redis x")
+
+
+def test_a_number_below_nothing_is_no_count(
+    server: RedisServer, open_backend: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taken for one it would be a page that is there, or as many pages less that were deleted."""
+    backend = open_backend("redis", {"url": server.url})
+    monkeypatch.setattr(Line, "reply", lambda _: -5)
+    for call in (backend.exists_blocking, backend.delete_blocking):
+        with pytest.raises(StorageError, match="no number"):
+            call(page_names(2))
+
+
+def test_a_machine_that_starts_no_thread_more(
+    server: RedisServer, open_backend: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lane does all of it: what waits for a thread would come to memory that is not ours by then."""
+    backend = open_backend("redis", {"url": server.url, "connections": 3})
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert write(backend, 9, size=2 * _MIB) == read(backend, 9, size=2 * _MIB) == BatchResult(9)
 
 
 def test_files_of_a_server_that_is_not_installed_are_skipped_with_the_reason(

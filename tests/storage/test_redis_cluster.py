@@ -26,6 +26,7 @@ from tests.servers.redis import (
 from tests.storage import pages
 from tests.storage.conftest import Open
 from tests.storage.redis_world import incoming, look_up, name, names_on, page_names, read, write
+from tests.storage.test_dry_run import dry_run
 
 _COUNT = 30
 
@@ -64,6 +65,15 @@ def _give_away(cluster: Cluster, slot: int, to: RedisServer) -> None:
             node.run("FLUSHALL")
     for node in sorted(cluster.nodes, key=lambda node: node is not to):
         node.run("CLUSTER", "SETSLOT", slot, "NODE", _node_id(to))
+
+
+def test_a_node_of_a_cluster_that_is_taken_for_a_single_server(cluster: Cluster, open_backend: Open) -> None:
+    """It has a third of the names: an operator hears what to set, from a dry run too."""
+    with pytest.raises(StorageError, match="set mode to cluster") as caught:
+        look_up(open_backend("redis", {"url": cluster.url}), _COUNT)
+    assert (caught.value.reason, caught.value.code) == ("refused", "bad_config")
+    reports = (dry_run("redis", {"url": cluster.url}) for _ in range(100))  # chance puts its page on any of the nodes
+    assert next(report.code for report in reports if report.failed_step) == "bad_config"
 
 
 def test_pages_are_spread_and_found(cluster: Cluster, open_backend: Open) -> None:

@@ -28,6 +28,8 @@ def _settings(**config: object) -> RedisSettings:
         ({"url": "host:6379"}, "begins with none of"),
         ({"url": "redis://"}, "names no host"),
         ({"url": "redis://host:0"}, "port 0"),
+        ({"url": "redis://a..b:1"}, "the name of the host has an empty part"),
+        ({"url": "redis://" + "a" * 64}, "the name of the host has an empty part, or one that is too long"),
         ({"url": "redis://host:70000"}, "no valid host and port"),
         ({"url": "redis://host/one"}, "no number of a database"),
         ({"url": "redis://host/0?timeout=3"}, "options behind"),
@@ -50,6 +52,7 @@ def _settings(**config: object) -> RedisSettings:
         ({"url": "rediss://host", "tls_ca_file": "ca.pem"}, "tls_ca_file='ca.pem' is not allowed"),
         ({"url": "rediss://host", "tls_cert_file": "/c.pem"}, "go together"),
         ({"url": _URL, "nodes": ["a:1"]}, "nodes is for the modes cluster and sentinel"),
+        ({"url": _URL, "mode": "cluster", "nodes": ["a..b:1"]}, "nodes, entry 1: the name of the host"),
         ({"url": _URL, "mode": "cluster", "nodes": ["a"]}, "nodes, entry 1: it takes host:port"),
         ({"url": _URL, "mode": "cluster", "nodes": ["a:1", "me:secret@b:1"]}, "nodes, entry 2: it takes host:port"),
         ({"url": "redis://host/3", "mode": "cluster"}, "a cluster has database 0 alone"),
@@ -105,6 +108,12 @@ def test_placeholders_are_taken_and_checked_where_they_are_known() -> None:
 )
 def test_the_place_has_no_login(config: dict[str, object], place: str) -> None:
     assert _settings(**config).place() == place
+
+
+def test_settings_are_shown_without_a_password() -> None:
+    """Whoever prints them, or an error that has them in it, prints the place."""
+    found = _settings(url="redis://me:hunter2@host", password="hunter3")
+    assert repr(found) == str(found) == "<RedisSettings redis://host:6379>"
 
 
 def test_user_and_password_of_a_url_are_unquoted() -> None:

@@ -74,7 +74,9 @@ def test_an_authority_that_is_not_trusted(
 
 
 def test_a_file_of_authorities_that_is_none(server: TlsServer, folder: Path, open_backend: Open) -> None:
-    assert _refused(open_backend, url=server.tls_url, tls_ca_file="/nowhere/ca.pem") == "not_found"
+    with pytest.raises(StorageError, match="/nowhere/ca.pem") as caught:
+        open_backend("redis", {"url": server.tls_url, "tls_ca_file": "/nowhere/ca.pem"})
+    assert caught.value.code == "not_found"
     (folder / "empty.pem").write_text("no certificate")
     assert _refused(open_backend, url=server.tls_url, tls_ca_file=str(folder / "empty.pem")) == "tls"
 

@@ -124,10 +124,22 @@ def test_a_missing_page_and_a_complaint() -> None:
     assert isinstance(complaint, redis.ResponseError) and str(complaint) == "NOPERM not you"
 
 
-@pytest.mark.parametrize("said", [b"HTTP/1.1 400 Bad Request\r\n", b":12a\r\n", b"$x\r\n", b"*1\r\n", b"x" * 200_000])
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"HTTP/1.1 400 Bad Request\r\n", b":12a\r\n", b"$x\r\n", b"*1\r\n", b"x" * 200_000,
+        b"$9223372036854775807\r\nabc", b"$%b\r\nabc" % (b"9" * 40),
+    ],
+)  # fmt: skip
 def test_somebody_who_is_no_redis_server(said: bytes) -> None:
     with pytest.raises(redis.InvalidResponse):
         _line(said, 50_000).reply()
+
+
+def test_a_value_that_has_no_end_is_not_waited_for() -> None:
+    """No server has a value of 8 EiB; whoever says so may go on for ever, one byte in a second."""
+    with pytest.raises(redis.InvalidResponse):
+        _line(b"$9223372036854775807\r\nabc", 100).receive_page(_incoming())
 
 
 def test_a_connection_that_ends_in_the_middle() -> None:

@@ -69,3 +69,22 @@ def test_a_defect_is_heard_when_all_threads_are_done(four: SideBySide) -> None:
     with pytest.raises(RuntimeError, match="a defect"):
         four.run_blocking(call, range(1000), lambda _: True)
     assert busy.is_set()
+
+
+def test_a_machine_that_starts_no_thread_more(four: SideBySide, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1. The first helper fills host memory; the second cannot be started.
+    2. Whoever asked would be told so at once, and give the memory to others, which the first helper goes on filling.
+    So the rest is done without it."""
+    start, started = threading.Thread.start, []
+
+    def start_one(thread: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    # Two are under way at once: the first helper, and whoever asks.
+    together = threading.Barrier(2)
+    assert len(four.run_blocking(lambda _: together.wait(_PATIENCE_S), range(8), lambda _: True)) == 8
+    assert len(started) == 1
