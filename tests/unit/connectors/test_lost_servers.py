@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def test_a_server_that_is_killed_and_comes_back_is_only_a_delay(
     url = f"redis://127.0.0.1:{server.port}/m"
     if kind == "s3":
         url = f"s3://{s3.BUCKET}/m?endpoint=http://127.0.0.1:{server.port}"
+    turn = threading.Lock()
     with server, create_remote_connector(url) as place:
 
         def interrupted(name: str) -> None:
@@ -39,11 +41,13 @@ def test_a_server_that_is_killed_and_comes_back_is_only_a_delay(
             real, calls = getattr(place, name), itertools.count(1)
 
             def call(*args: object) -> object:
-                number = next(calls)
-                if number == 6:
-                    server.kill_blocking()
-                if number == 9:
-                    server.start_blocking()
+                # One at a time: the server must not be started while it is being killed.
+                with turn:
+                    number = next(calls)
+                    if number == 6:
+                        server.kill_blocking()
+                    if number == 9:
+                        server.start_blocking()
                 return real(*args)
 
             monkeypatch.setattr(place, name, call)
