@@ -14,6 +14,7 @@ from sglang_hicache.storage import registry
 from sglang_hicache.storage.backend import OpenContext, StorageBackend
 from sglang_hicache.storage.conformance import CHECKS, check_clear_is_confined
 from sglang_hicache.storage.conformance_faults import check_sabotaged
+from sglang_hicache.storage.diagnosis import diagnose
 from sglang_hicache.storage.page_format import WRITE_CHUNK_BYTES
 
 MISSING = 77
@@ -35,8 +36,7 @@ def main(job: dict) -> int:
         print("opened", backend, backend.info())
     except StorageError as error:
         print(error)
-        cause = error.__cause__.__cause__ if error.__cause__ is not None else None
-        return MISSING if error.code == "missing_library" or isinstance(cause, ImportError) else 1
+        return MISSING if diagnose(error, job["backend"]).code == "missing_library" else 1
     finally:
         backend.close_blocking()
     for check in CHECKS:
