@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -187,3 +189,47 @@ def test_every_key_is_documented() -> None:
     known |= {*RedisSettings.__struct_fields__, *S3Settings.__struct_fields__}
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == known
+
+
+#: Extra, the package that it brings, and a config that needs nothing of a server.
+EXTRAS = [
+    ("redis", "redis", '{"url": "redis://127.0.0.1:1"}'),
+    ("s3", "obstore", '{"bucket": "pages"}'),
+    ("mooncake", "mooncake", '{"master_server_address": "127.0.0.1:1"}'),
+]
+
+
+@pytest.mark.parametrize(("name", "package", "config"), EXTRAS)
+def test_a_missing_package_is_an_error_that_names_the_extra(name: str, package: str, config: str) -> None:
+    said = _in_an_interpreter(f"""
+import sys
+sys.modules[{package!r}] = None
+from sglang_hicache.errors import StorageError
+from sglang_hicache.storage import registry
+from sglang_hicache.storage.backend import OpenContext
+_, settings = registry.validate_extra_config({name!r}, {config!r})
+try:
+    registry.create({name!r}, settings, OpenContext(rank=0, namespace="ab" * 32, page_bytes=64))
+except StorageError as error:
+    print(error.reason, error.code, error)
+""")
+    assert said.startswith("refused missing_library") and f"pip install 'sglang-hicache[{name}]'" in said, said
+
+
+def test_judging_a_config_loads_no_library_of_a_store() -> None:
+    configs = {name: config for name, _, config in EXTRAS}
+    packages = [package for _, package, _ in EXTRAS] + ["torch", "boto3", "sglang"]
+    said = _in_an_interpreter(f"""
+import sys
+from sglang_hicache.storage import registry
+for name, config in {configs!r}.items():
+    registry.validate_extra_config(name, config)
+print([package for package in {packages!r} if package in sys.modules])
+""")
+    assert said == "[]", said
+
+
+def _in_an_interpreter(code: str) -> str:
+    """What a new one prints: in this one everything has been imported long ago."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout.strip()
