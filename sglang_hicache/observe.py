@@ -256,12 +256,12 @@ LEVELS = frozenset({
 })  # fmt: skip
 
 #: What stands before the names of one store inside another.
-_INSIDE = re.compile(r"(tier|copy)[0-9]+_")
+INSIDE = re.compile(r"(tier|copy)[0-9]+_")
 
 
 def is_level(name: str) -> bool:
     """Is it one of them, also of a store inside another?"""
-    return _INSIDE.sub("", name, count=1) in LEVELS
+    return INSIDE.sub("", name, count=1) in LEVELS
 
 
 class Counters:

@@ -14,7 +14,6 @@ Capacity, order of eviction and age are the business of each store inside.
 from __future__ import annotations
 
 import logging
-import re
 import time
 from abc import abstractmethod
 from collections import Counter
@@ -24,7 +23,7 @@ from functools import partial
 from typing import TypeVar
 
 from sglang_hicache.errors import StorageError
-from sglang_hicache.observe import LEVELS, SharedCounters
+from sglang_hicache.observe import INSIDE, LEVELS, SharedCounters
 from sglang_hicache.storage.backend import Capabilities, PageOutcome, PageResult, StorageBackend
 from sglang_hicache.storage.composite_helper import Helper, StoredPage
 from sglang_hicache.storage.composite_member import Member
@@ -45,9 +44,6 @@ _LOOKUP_ROUNDS = 3
 
 #: What is shown of every store, of all that may fall.
 _SHOWN_LEVELS = ("max_bytes", "used_bytes", "used_pages")
-
-#: Counters of a store inside a store inside.
-_OF_INNER = re.compile(r"(tier|copy)[0-9]+_")
 
 
 class Composite(StorageBackend):
@@ -226,7 +222,7 @@ class Composite(StorageBackend):
             found[f"{prefix}_away"] = away
             found.update({f"{prefix}_{name}": number for name, number in tally.items()})
             for name, number in member.stats().items():
-                if _OF_INNER.match(name):
+                if INSIDE.match(name):
                     continue
                 if name not in LEVELS or name == "away_stores":
                     found[name] += number
