@@ -115,6 +115,11 @@ def test_fm61_names_of_plug_ins_are_held_to_the_list_as_well(serve: Any) -> None
     assert put(server, "dynamic", PLUG_IN | {"module_path": module, "class_name": name}).status_code == 200
     reply = put(server, "nixl", {})
     assert reply.status_code == 400 and "HiCacheNixl" in reply.text
+    inside = {"backend": "mirror", "extra_config": {"copies": [{"backend": "memory"}, {"backend": "nixl"}]}}
+    standby = {"fault_tolerance": {"level": "failover", "standby": [inside]}}
+    for backend, config in (("tiered", {"tiers": [{"backend": "memory"}, inside]}), ("file", standby)):
+        reply = put(server, backend, config)
+        assert reply.status_code == 400 and "HiCacheNixl" in reply.text
 
 
 def test_fm61_a_name_cannot_be_given_another_class(serve: Any) -> None:
