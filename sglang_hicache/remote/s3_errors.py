@@ -66,7 +66,7 @@ _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(?:Other\(\s*OtherError\(\s*)
 
 #: Where there was no answer: names out of the library's account of the fault, and what it is to us.  The first counts.
 _BY_FAULT = (
-    (r"Invalid\w+Response|Metadata \{",
+    (r"Invalid\w+Response|Metadata \{|\bParse\(\s*(Version|Header|Status|TooLarge)",
      "what came is no answer of an S3 server", ("refused", "bad_config")),
     (r"NotValidYet", "the certificate is not valid yet", ("refused", "clock")),
     (r"InvalidCertificate\(|NoCertificatesPresented|AlertReceived\(|InvalidMessage\(|PeerIncompatible|PeerMisbehaved",
@@ -77,9 +77,13 @@ _BY_FAULT = (
     (r"TimedOut|kind: Timeout|operation timed out", "timed out", ("io", "timeout")),
     (r"kind: Connection(Reset|Aborted)|kind: BrokenPipe|IncompleteMessage|UnexpectedEof|NoContentRange"
      r"|NotPartial|UnexpectedRange|ChannelClosed", "the connection broke off", ("io", "refused")),
-    (r"BareRedirect", "the server sends us elsewhere: the region is another one", ("refused", "bad_config")),
+    (r"BareRedirect|TooManyRedirects",
+     "the server sends us elsewhere: the region is another one", ("refused", "bad_config")),
     (r"BadScheme|kind: Builder", "the address cannot be used", ("refused", "bad_config")),
 )  # fmt: skip
+
+#: What the library says of its request before it says what was wrong with it.
+_REQUEST = re.compile(r"Error performing [^\n]*? - ")
 
 #: What is told of a fault that is none of these.
 _MOST_WORDS = 160
@@ -90,8 +94,8 @@ def storage_error(error: BaseException, doing: str, place: str) -> StorageError:
     text = str(error)
     said, reason, code = _judge(text)
     if not said:
-        # The first line names the request; an error of another kind (a key that cannot be named) is its first line.
-        said = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:_MOST_WORDS]
+        first = _REQUEST.sub("", text.splitlines()[0] if text else "")
+        said = f"{type(error).__name__}: {first}"[:_MOST_WORDS]
         if isinstance(error, ValueError):
             reason, code = "refused", "bad_config"
     return StorageError(f"S3 at {place}: cannot {doing}: {said}", reason, code)

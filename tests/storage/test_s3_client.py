@@ -199,3 +199,19 @@ def test_a_key_that_the_library_cannot_name_keeps_nobody_away() -> None:
         s3.bucket(server.port, prefix="models/").check_blocking()
         with pytest.raises(StorageError, match="models//x"):
             list(s3.bucket(server.port, prefix="models/").list_blocking())
+
+
+@pytest.mark.parametrize(
+    ("answer", "words", "code"),
+    [
+        ((200, {"Content-Length": "-5"}, b"x"), "no answer of an S3 server", "bad_config"),
+        ((302, {"Location": "/elsewhere"}, b""), "sends us elsewhere", "bad_config"),
+        ((200, {"Last-Modified": "lately"}, b"x"), "Generic S3 error: Invalid last modified 'lately'", ""),
+    ],
+)
+def test_answers_of_somebody_who_is_no_s3_server(answer: s3.Answer, words: str, code: str) -> None:
+    """What was wrong is said, and not the request that was sent."""
+    with s3.ScriptedServer(lambda _: answer) as server:
+        with pytest.raises(StorageError, match=words) as error:
+            s3.bucket(server.port, retries=0).get_blocking("x")
+        assert error.value.code == code and "GET" not in str(error.value)
