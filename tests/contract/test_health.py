@@ -14,6 +14,7 @@ from msgspec import structs
 from sglang_hicache import wire
 from sglang_hicache.heartbeat import ServerState
 from sglang_hicache.storage import registry
+from sglang_hicache.storage.settings import FileSettings, PrefetchSettings
 from sglang_hicache.tokenizer.http import HEALTH_GENERATION_ENV, HEALTH_TIMEOUT_ENV
 from sglang_hicache.tokenizer.services import Phase
 from tests.contract.fake_server import ADMIN_KEY, API_KEY, FakeServer, make_config
@@ -151,8 +152,8 @@ def test_fm60_no_secret_in_any_answer_or_log(
 ) -> None:
     """Row 60: an admin key was exposed by a status route.  Every GET route, an attach, and the log of all of it."""
     caplog.set_level(logging.DEBUG)
-    # No backend of today takes a secret; the routes must be ready for the first that does.
-    monkeypatch.setattr(registry, "validate_extra_config", lambda name, text: None)
+    # Secrets in more places than any backend of today takes them: the routes must be ready for one that does.
+    monkeypatch.setattr(registry, "validate_extra_config", lambda name, text: (PrefetchSettings(), FileSettings()))
     secrets = [ADMIN_KEY, API_KEY, "hunter2", "AKIA-nested", "s3cr3t"]
     extra = (
         '{"password": "hunter2", "deep": [{"access_key": "AKIA-nested"}], "url": "redis://joe:s3cr3t@host/0",'

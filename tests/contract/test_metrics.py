@@ -253,7 +253,9 @@ def test_everything_that_a_storage_process_counts_is_told_or_is_a_level(tmp_path
         names |= opened.stats().keys()
         opened.close_blocking()
     for path in Path(registry.__file__).parent.glob("*.py"):
-        names |= set(re.findall(r'counters\.add\("(\w+)"', path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
+        names |= set(re.findall(r'counters\.add\("(\w+)"', text))
+        names |= {f"{kind}_requests" for kind in re.findall(r'self\._count\("(\w+)"\)', text)}
     assert names - LEVELS == {name for name, _ in PROCESS_COUNTERS}
 
 

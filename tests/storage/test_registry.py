@@ -16,6 +16,7 @@ from sglang_hicache.storage.composite_settings import MirrorSettings, TieredSett
 from sglang_hicache.storage.dynamic_settings import DynamicSettings
 from sglang_hicache.storage.fault_tolerance import FaultTolerance
 from sglang_hicache.storage.faulty_settings import Fault, FaultySettings
+from sglang_hicache.storage.mooncake_settings import MooncakeSettings
 from sglang_hicache.storage.redis_settings import RedisSettings
 from sglang_hicache.storage.s3_settings import S3Settings
 from sglang_hicache.storage.settings import (
@@ -186,7 +187,7 @@ def test_every_key_is_documented() -> None:
     known |= {*FaultTolerance.__struct_fields__}
     known |= {*DynamicSettings.__struct_fields__} - {DynamicSettings.REST}
     known |= {*TieredSettings.__struct_fields__, *MirrorSettings.__struct_fields__}
-    known |= {*RedisSettings.__struct_fields__, *S3Settings.__struct_fields__}
+    known |= {*RedisSettings.__struct_fields__, *S3Settings.__struct_fields__, *MooncakeSettings.__struct_fields__}
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == known
 
