@@ -12,8 +12,9 @@ come from the page cache.
 
 The second table does the same with what a store takes care of, against the file store without it: encryption, a limit
 that is always reached (every page of a round is new, those of earlier rounds are evicted while it is written), and
-pages of which one in ten fails once (against the same saboteur, idle).  "At once" is the share of pages that were
-stored, or found, at the first offer; the time is that until all of them were.
+pages of which one in ten fails once (against the same saboteur, idle), stores made of stores, and a zero-copy plug-in
+over a dictionary (against the memory store, which is one).  "At once" is the share of pages that were stored, or found,
+at the first offer; the time is that until all of them were.
 
 The third table is about stores that live in servers of their own, which are started on loopback ports: our backend
 through a storage process, beside the plainest loop over the store's client library (`remote.py`).  A look-up asks for
@@ -48,6 +49,12 @@ CARE_PAGE_BYTES = 1024 * 1024
 #: The case whose store is never cleared.
 FULL = "always full"
 AIMS = {"read": 0.75, "write": 0.70}
+#: No limit.
+MEMORY: dict[str, Any] = {"max_size": 0}
+PLUG_IN = {
+    "backend_name": "pointers", "module_path": "tests.storage.plugins.slots", "class_name": "Pointers",
+    "interface_v1": 1, "clear_all": True, "shelf": "bench",
+}  # fmt: skip
 #: Of the client library's own throughput.
 REMOTE_AIM = 0.8
 #: Pages of a look-up, and how many look-ups are made.
@@ -146,6 +153,11 @@ def cases(folder: Path, total_bytes: int, fsync: str) -> dict[str, tuple[str, st
         path = str(folder / name)
         return {"file_storage_path": path, "fsync": fsync, "max_size": max_bytes, "min_free_space": 0}
 
+    def inside(backend: str, config: dict[str, Any]) -> dict[str, Any]:
+        return {"backend": backend, "extra_config": config}
+
+    far, right = inside("file", file("far")), inside("file", file("right"))
+
     def sabotaged(name: str, share: float) -> dict[str, Any]:
         fault = {"kind": "error", "share": share}
         return {"inner": "file", "inner_config": file(name), "faults": {"read": fault, "write": fault}}
@@ -156,6 +168,10 @@ def cases(folder: Path, total_bytes: int, fsync: str) -> dict[str, tuple[str, st
         FULL: ("the file store", "file", file("full", total_bytes * 3 // 2)),
         "an idle saboteur": ("the file store", "faulty", sabotaged("idle", 0.0)),
         "10 % of pages fail": ("an idle saboteur", "faulty", sabotaged("failing", 0.1)),
+        "memory before files": ("the file store", "tiered", {"tiers": [inside("memory", MEMORY), far]}),
+        "a mirror of two": ("the file store", "mirror", {"copies": [inside("file", file("left")), right]}),
+        "the memory store": ("the file store", "memory", MEMORY),
+        "a plug-in": ("the memory store", "dynamic", PLUG_IN),
     }
 
 
