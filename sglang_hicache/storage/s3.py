@@ -136,7 +136,7 @@ class S3Backend(StorageBackend):
         try:
             return self._size_blocking(name)
         except StorageError as error:
-            return error
+            return _told(error)
 
     def _sizes_blocking(self, threads: SideBySide, names: Sequence[PageName]) -> list[int]:
         """Sizes of pages up to the first that is not there.  A fault behind that one is no fault."""
@@ -153,7 +153,7 @@ class S3Backend(StorageBackend):
             # An object of another size may be large: nothing of it is fetched.
             return _fill(page, pieces) if size == page.size_bytes else PageResult.WRONG_SIZE
         except StorageError as error:
-            return error
+            return _told(error)
 
     def _write_blocking(self, page: OutgoingPage) -> PageOutcome:
         try:
@@ -162,7 +162,7 @@ class S3Backend(StorageBackend):
                 # What is there is no page of ours, whatever it is; a page takes its place.
                 is_new = self._put_blocking(page, only_new=False)
         except StorageError as error:
-            return error
+            return _told(error)
         return PageResult.WRITTEN if is_new else PageResult.PRESENT
 
     def _put_blocking(self, page: OutgoingPage, only_new: bool) -> bool:
@@ -219,10 +219,20 @@ def _endpoint(settings: S3Settings) -> S3Endpoint:
     )
 
 
+def _told(error: StorageError) -> StorageError:
+    """A fault as a value.  What it went through is forgotten: the frames of its traceback have the pages of the batch
+    in them, and the library's store with its connections; as a value it would be held by them, and they by it."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__
+    return error
+
+
 def _raised(sizes: list[int | None | StorageError]) -> list[int | None]:
     """Sizes, or the fault at their end."""
     if sizes and isinstance(sizes[-1], StorageError):
-        raise sizes[-1]
+        raise sizes.pop()  # left in the list it would hold itself, by its traceback
     return sizes
 
 

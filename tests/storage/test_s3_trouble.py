@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import pytest
 
 from sglang_hicache.errors import StorageError
 from sglang_hicache.storage.backend import PageResult
-from sglang_hicache.storage.page_format import HEADER_BYTES
+from sglang_hicache.storage.page_format import HEADER_BYTES, IncomingPage
 from tests.servers import s3
 from tests.servers.program import free_port
 from tests.servers.redis import Certificates
@@ -160,6 +161,22 @@ def test_a_page_that_breaks_off_is_a_fault_of_that_page(open_backend: Open) -> N
         backend = open_backend("s3", s3.config(server.port, retries=0))
         outcomes = backend.read_blocking(incoming(2))
         assert len(outcomes) == 1 and isinstance(outcomes[0], StorageError) and outcomes[0].reason == "io"
+
+
+def test_a_fault_holds_no_host_memory(open_backend: Open) -> None:
+    """Its traceback would: pages, and the library's store with all of its connections, until the collector comes."""
+    memory = bytearray(pages.PAGE_BYTES)
+    with s3.ScriptedServer(lambda _: s3.refusal(500, "InternalError")) as server:
+        backend = open_backend("s3", s3.config(server.port, retries=0))
+        gc.disable()
+        try:
+            target = IncomingPage(pages.layout(), pages.key(0), memoryview(memory))
+            outcomes = backend.read_blocking([target])
+            del target
+            memory.append(0)  # BufferError: somebody holds a view
+        finally:
+            gc.enable()
+        assert isinstance(outcomes[0], StorageError)
 
 
 def test_a_server_without_conditional_writes_is_asked_for_them_once(open_backend: Open) -> None:
