@@ -96,7 +96,9 @@ def storage_error(error: BaseException, doing: str, place: str) -> StorageError:
     if not said:
         first = _REQUEST.sub("", text.splitlines()[0] if text else "")
         said = f"{type(error).__name__}: {first}"[:_MOST_WORDS]
-        if isinstance(error, ValueError):
+        if "object with invalid path" in first:
+            reason, code = "refused", "foreign_format"  # in a list: somebody else's, and the library cannot name it
+        elif isinstance(error, ValueError):
             reason, code = "refused", "bad_config"
     return StorageError(f"S3 at {place}: cannot {doing}: {said}", reason, code)
 

@@ -197,8 +197,9 @@ def test_a_key_that_the_library_cannot_name_keeps_nobody_away() -> None:
     listed += b'<ETag>"e"</ETag><Size>1</Size></Contents></ListBucketResult>'
     with s3.ScriptedServer(lambda _: s3.content(listed), lists=False) as server:
         s3.bucket(server.port, prefix="models/").check_blocking()
-        with pytest.raises(StorageError, match="models//x"):
+        with pytest.raises(StorageError, match="models//x") as error:
             list(s3.bucket(server.port, prefix="models/").list_blocking())
+        assert (error.value.reason, error.value.code) == ("refused", "foreign_format")
 
 
 @pytest.mark.parametrize(
