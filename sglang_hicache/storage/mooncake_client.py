@@ -8,15 +8,21 @@ the number of an error; for its own words start the server with MC_LOG_LEVEL=INF
 
 When the master dies, the library connects again by itself as soon as there is one, but each call until then waits four
 seconds in vain.  So after a call that did not reach the master, the next one first knocks at its port.
+
+A transfer call returns when every transfer of it has ended, with one exception: after a minute the library gives up and
+leaves what is under way to itself.  Bytes may then arrive in a page that the rank has long given to another request,
+and nothing can call them back but the end of the process.  So the process ends.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import math
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -25,6 +31,8 @@ from mooncake import store as library
 from sglang_hicache.errors import StorageError
 from sglang_hicache.storage.mooncake_memory import Pieces
 from sglang_hicache.storage.mooncake_settings import MooncakeSettings, split_address
+
+_logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -60,6 +68,13 @@ _FATAL = 3
 #: Connections to each process that holds pages, over TCP.  The library's own four need four times as long to find out
 #: that such a process hangs.
 CONNECTIONS = 16
+
+#: The library waits for the transfers of an object a minute, however much has come meanwhile, and then says that they
+#: failed.  A failed call of less than this has nothing under way; a second of doubt, for two clocks.
+GIVES_UP_S = 59.0
+
+#: Exit status of a process that cannot say any more what its library writes.
+EXIT_FATE_UNKNOWN = 5
 
 #: A client listens on a port that it draws; this often, should somebody have it.
 _PORT_ATTEMPTS = 3
@@ -141,30 +156,26 @@ class MooncakeClient:
     def put_blocking(self, keys: Sequence[str], pieces: Pieces) -> list[int]:
         """Store objects; 0 for each that is there now, or that somebody else is just writing."""
         if pieces.is_direct:
-            codes = self._call(
+            return self._transfer(
                 "write pages",
                 lambda store: store.batch_put_from_multi_buffers(list(keys), pieces.addresses, pieces.sizes),
             )
-        else:
-            codes = self._call(
-                "write pages",
-                lambda store: store.batch_put_from(list(keys), _flat(pieces.addresses), _flat(pieces.sizes)),
-            )
-        return self._answered(codes, "write pages")
+        return self._transfer(
+            "write pages",
+            lambda store: store.batch_put_from(list(keys), _flat(pieces.addresses), _flat(pieces.sizes)),
+        )
 
     def get_blocking(self, keys: Sequence[str], pieces: Pieces) -> list[int]:
         """Read objects that are exactly as large as their places; for each its size, or an error number."""
         if pieces.is_direct:
-            codes = self._call(
+            return self._transfer(
                 "read pages",
                 lambda store: store.batch_get_into_multi_buffers(list(keys), pieces.addresses, pieces.sizes),
             )
-        else:
-            codes = self._call(
-                "read pages",
-                lambda store: store.batch_get_into(list(keys), _flat(pieces.addresses), _flat(pieces.sizes)),
-            )
-        return self._answered(codes, "read pages")
+        return self._transfer(
+            "read pages",
+            lambda store: store.batch_get_into(list(keys), _flat(pieces.addresses), _flat(pieces.sizes)),
+        )
 
     def remove_blocking(self, keys: Sequence[str]) -> int:
         """Remove objects, whoever has read them lately; how many were there."""
@@ -192,8 +203,18 @@ class MooncakeClient:
         except (RuntimeError, ValueError, OSError) as error:
             raise StorageError(f"cannot {what}: {error}") from error
 
-    def _answered(self, codes: list[int], what: str) -> list[int]:
-        """The answers to a batch, unless the master gave none."""
+    def _transfer(self, what: str, call: Callable[[library.MooncakeDistributedStore], list[int]]) -> list[int]:
+        """The answers to a batch, unless the master gave none.  Does not return while one of its transfers may still
+        touch memory."""
+        began_s = time.monotonic()
+        codes = self._call(what, call)
+        took_s = time.monotonic() - began_s
+        if took_s >= GIVES_UP_S and any(code < 0 for code in codes):
+            _logger.critical(
+                "cannot %s: the mooncake library has given up after %.0f s and may still write to host memory; this "
+                "process ends so that it cannot", what, took_s,
+            )  # fmt: skip
+            os._exit(EXIT_FATE_UNKNOWN)
         for code in codes:
             if code in (_MASTER_GONE, _MASTER_SILENT):
                 self._judge(code, what)
