@@ -12,6 +12,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from sglang_hicache.connectors.manifest import MANIFEST_NAME
 from sglang_hicache.errors import UserError
@@ -47,9 +48,8 @@ def model_directory(path_or_id: str, flag: str) -> str:
     if Path(path_or_id).is_dir():
         directory = str(Path(path_or_id).resolve())
         if Path(directory, MANIFEST_NAME).is_file():
-            raise UserError(
-                f"{flag} {path_or_id!r} holds a model as save_model stores it; its URL is file://{directory}"
-            )
+            url = f"file://{quote(directory, errors='surrogateescape')}"
+            raise UserError(f"{flag} {path_or_id!r} holds a model as save_model stores it; its URL is {url}")
         return directory
     if "://" in path_or_id:
         raise UserError(f"{flag} takes no URL, only a directory or a hub id; --model-path of a server takes one")

@@ -73,7 +73,7 @@ def resolve(
         weights_url=found.url,
         public_url=found.public_url,
         tokenizer_path=_tokenizer_path(args, found.directory),
-        served_name=args.served_model_name or _served_name(args.model_path, found.directory),
+        served_name=args.served_model_name or _served_name(args.model_path, found),
         dtype=dtype,
         device=args.device,
         context_length=context_length,
@@ -171,12 +171,12 @@ def _context_length(args: argparse.Namespace, facts: ModelFacts) -> int:
     return args.context_length or facts.positions
 
 
-def _served_name(path_or_id: str, directory: str) -> str:
-    if directory == str(Path(BUILTIN_MODEL_PATH).resolve()):
+def _served_name(path_or_id: str, found: RemoteModel) -> str:
+    if found.directory == str(Path(BUILTIN_MODEL_PATH).resolve()):
         return BUILTIN_MODEL_NAME
-    if is_url(path_or_id):
-        return parse_url(path_or_id).name
-    return Path(directory).name if Path(path_or_id).is_dir() else path_or_id
+    if found.url:
+        return parse_url(found.url).name
+    return Path(found.directory).name if is_url(path_or_id) or Path(path_or_id).is_dir() else path_or_id
 
 
 def _scheduler(args: argparse.Namespace, context_length: int, rewrites: list[str]) -> SchedulerConfig:

@@ -69,11 +69,15 @@ def parse_url(url: str) -> StoreUrl:
         pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
     except ValueError:
         raise UserError(f"the {scheme} URL cannot be read; {ALLOWED}") from None
-    if parts.fragment or "@" in parts.path:
-        # A password with # or / in it ends the host there: what is left of it must not be taken for a model's name.
+    try:
+        _ = parts.port
+    except ValueError:  # what stands there may be a password with a ? in it
+        raise UserError(f"the {scheme} URL has no valid host and port; a ? in a password is %3F") from None
+    if parts.fragment or "@" in parts.path or "@" in parts.query.partition("://")[0]:
+        # A password with #, ? or / in it ends the host there: what is left of it must not be taken for a model's name.
         raise UserError(
-            f"the {scheme} URL has a # or an @ where none may be; %23, %40 and %2F stand for #, @ and / in names and "
-            "passwords"
+            f"the {scheme} URL has a # or an @ where none may be; %23, %3F, %40 and %2F stand for #, ?, @ and / in "
+            "names and passwords"
         )
     options = dict(pairs)
     if len(options) < len(pairs):

@@ -60,6 +60,20 @@ def test_a_plain_folder_by_its_url_is_that_folder(resolved: Resolve, model_dir: 
     assert (model.path, model.weights_url, model.place) == (str(model_dir), "", str(model_dir))
 
 
+def test_a_name_may_come_from_the_environment(resolved: Resolve, url: str) -> None:
+    where = url.replace("some-model", "${env.MODEL}")
+    model = resolved("--model-path", where, environment={"MODEL": "some-model"}).config.model
+    assert (model.served_name, model.place) == ("some-model", url)
+
+
+def test_the_url_that_is_told_can_be_used(resolved: Resolve, tmp_path: Path) -> None:
+    folder = tmp_path / "100% a#b"
+    folder.mkdir()
+    (folder / "hicache-model.json").write_text("{}")
+    with pytest.raises(UserError, match="its URL is file://.*/100%25%20a%23b$"):
+        resolved("--model-path", str(folder))
+
+
 def test_the_folder_of_a_saved_model_is_told_its_url(resolved: Resolve, url: str) -> None:
     with pytest.raises(UserError, match=f"as save_model stores it; its URL is {url}"):
         resolved("--model-path", url.removeprefix("file://"))
