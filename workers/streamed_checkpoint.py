@@ -26,6 +26,7 @@ from sglang_hicache.connectors.safetensors_header import (
 )
 from sglang_hicache.connectors.source import open_blocking, weight_files
 from sglang_hicache.connectors.stored_model import Extent, StoredModel
+from sglang_hicache.errors import UserError
 from sglang_hicache.workers.checkpoint import Wanted, check_shape, no_such_tensor
 
 _log = logging.getLogger(__name__)
@@ -35,8 +36,9 @@ _LOG_BYTES = 8 << 30
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32,
+    "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
 
@@ -73,6 +75,10 @@ class StreamedCheckpoint:
         if stored is None:
             raise no_such_tensor(self._url, want)
         check_shape(self._url, want, stored.shape)
+        if stored.dtype not in _DTYPES:
+            raise UserError(
+                f"{self._url}, {stored.file}: tensor {want.source} is {stored.dtype:.20}, which is not supported"
+            )
         return _Filling(want, stored, device)
 
     def _read_headers(self, manifest: Manifest, directory: str) -> dict[str, StoredTensor]:

@@ -18,9 +18,11 @@ LENGTH_BYTES = 8
 #: The format's own limit.
 LARGEST_HEADER_BYTES = 100_000_000
 
+_METADATA = "__metadata__"
+
 DTYPE_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-    "F8_E4M3": 1, "F8_E5M2": 1,
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4,
+    "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 
 
@@ -33,7 +35,8 @@ class _Entry(msgspec.Struct):
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file; `start` and `end` count from the file's beginning."""
+    """A tensor in a file; `start` and `end` count from the file's beginning.  Its dtype may be one that is not in
+    `DTYPE_BYTES`: nobody need want the tensor."""
 
     file: str
     dtype: str
@@ -55,7 +58,7 @@ def parse_header(beginning: bytes, file: str, size_bytes: int, where: str) -> di
     first = header_bytes(beginning, where)
     try:
         raw = msgspec.json.decode(beginning[LENGTH_BYTES:first], type=dict[str, msgspec.Raw])
-        entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in raw.items() if name[:2] != "__"}
+        entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in raw.items() if name != _METADATA}
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise UserError(f"{where} is no safetensors file: {error}") from None
     found = {}
@@ -63,9 +66,7 @@ def parse_header(beginning: bytes, file: str, size_bytes: int, where: str) -> di
         start, end = (first + offset for offset in entry.data_offsets)
         count = math.prod(entry.shape) if all(length >= 0 for length in entry.shape) else -1
         known = DTYPE_BYTES.get(entry.dtype)
-        if known is None:
-            raise UserError(f"{where}: tensor {name} is {entry.dtype:.20}, which is not supported")
-        if not first <= start <= end <= size_bytes or end - start != count * known:
+        if not first <= start <= end <= size_bytes or (known is not None and end - start != count * known):
             raise UserError(f"{where}: tensor {name} is not where the header says")
         found[name] = StoredTensor(file, entry.dtype, tuple(entry.shape), start, end)
     return found

@@ -62,10 +62,10 @@ class StoredModel:
         self._place = place
         self._manifest = manifest
 
-    def read_chunk_blocking(self, file: ModelFile, number: int) -> Buffer:
+    def read_chunk_blocking(self, file: ModelFile, number: int, given_up: threading.Event | None = None) -> Buffer:
         """A chunk whose bytes are those that were saved.  StorageError with the key: they are not to be had."""
         key, start, size_bytes, sha256 = self._manifest.place(file, number)
-        data = self._read_patiently_blocking(key, start, size_bytes)
+        data = self._read_patiently_blocking(key, start, size_bytes, given_up)
         if len(data) != size_bytes or hashlib.sha256(data).hexdigest() != sha256:
             raise StorageError(
                 f"{self._place.url}, key {key!r}: these are not the bytes of {file.name!r} that were saved "
@@ -86,10 +86,11 @@ class StoredModel:
         rest = iter(wanted)
         pool = ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="model-read")
         waiting: deque[tuple[ModelFile, int, Future[Buffer]]] = deque()
+        given_up = threading.Event()
 
         def ask(count: int) -> None:
             for file, number in itertools.islice(rest, count):
-                waiting.append((file, number, pool.submit(self.read_chunk_blocking, file, number)))
+                waiting.append((file, number, pool.submit(self.read_chunk_blocking, file, number, given_up)))
 
         try:
             ask(READ_AHEAD)
@@ -101,6 +102,7 @@ class StoredModel:
                 yield file, number, data
                 del data
         finally:
+            given_up.set()
             pool.shutdown(wait=True, cancel_futures=True)
 
     def fragments(self, extents: Sequence[Extent]) -> Iterator[Fragment]:
@@ -130,9 +132,11 @@ class StoredModel:
             # Those that end here are never looked at again: a file may have ten thousand tensors.
             by_file[file.name] = [i for i in by_file[file.name] if extents[i].end > start + len(data)]
 
-    def _read_patiently_blocking(self, key: str, start: int, size_bytes: int) -> Buffer:
+    def _read_patiently_blocking(
+        self, key: str, start: int, size_bytes: int, given_up: threading.Event | None
+    ) -> Buffer:
         try:
-            return patiently_blocking(lambda: self._place.read_blocking(key, start, size_bytes))
+            return patiently_blocking(lambda: self._place.read_blocking(key, start, size_bytes), given_up)
         except StorageError as error:
             if error.code != "not_found":
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sglang_hicache.connectors import source
+from sglang_hicache.connectors import source, stored_model
 from sglang_hicache.connectors.create import create_remote_connector
 from sglang_hicache.connectors.file import FileConnector
 from sglang_hicache.connectors.manifest import MANIFEST_NAME, encode_manifest
@@ -230,7 +231,6 @@ def test_what_does_not_fit_the_config_is_refused(tmp_path: Path) -> None:
         (2).to_bytes(8, "little") + b"[]",
         (70).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,400000]}}'.ljust(70),
         (70).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,0]}}'.ljust(70),
-        (70).to_bytes(8, "little") + b'{"a":{"dtype":"Q4","shape":[1],"data_offsets":[0,1]}}'.ljust(70) + b"1",
     ],
 )
 def test_a_file_that_is_no_safetensors_is_refused(beginning: bytes, tmp_path: Path) -> None:
@@ -241,6 +241,72 @@ def test_a_file_that_is_no_safetensors_is_refused(beginning: bytes, tmp_path: Pa
     pulled = fetch_blocking(url, tmp_path / "run").directory
     with pytest.raises(UserError, match="model.safetensors"):
         load(pulled, models.read_config(pulled), 0, 1, torch.float32, url)
+
+
+def respelled(folder: Path, name: str, dtype: bytes) -> None:
+    """From now on the file says that a tensor is of this dtype, and is as long as it was."""
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    at = data.index(f'"{name}":{{"dtype":"F32"'.encode()) + len(name) + 13
+    assert data[at : at + 3] == b"F32" and len(dtype) == 3
+    file.write_bytes(data[:at] + dtype + data[at + 3 :])
+
+
+def test_a_dtype_that_nobody_knows_is_refused_where_it_is_wanted(tmp_path: Path) -> None:
+    """A file may have tensors that this model does not want; a folder with such a file is served, too."""
+    folder = tmp_path / "model"
+    save_model(folder, config_of("llama"))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "other": torch.zeros(3)}, folder / "model.safetensors")
+    respelled(folder, "other", b"Q4X")
+    url = stored(folder)
+    pulled = fetch_blocking(url, tmp_path / "one").directory
+    found = load(pulled, models.read_config(pulled), 0, 1, torch.float32, url).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items() if name in found)
+    respelled(folder, "model.norm.weight", b"Q4X")
+    url = stored(folder)
+    pulled = fetch_blocking(url, tmp_path / "two").directory
+    with pytest.raises(UserError, match="model.safetensors: tensor model.norm.weight is Q4X, which is not supported"):
+        load(pulled, models.read_config(pulled), 0, 1, torch.float32, url)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.float8_e4m3fn])
+def test_numbers_of_every_kind_are_converted_as_from_a_folder(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    save_model(folder, config_of("llama"))
+    tensors = load_file(folder / "model.safetensors")
+    norm = tensors["model.norm.weight"]
+    tensors["model.norm.weight"] = torch.arange(norm.numel()).to(torch.float32).to(dtype)
+    save_file(tensors, folder / "model.safetensors")
+    url = stored(folder)
+    pulled = fetch_blocking(url, tmp_path / "run").directory
+    config = models.read_config(pulled)
+    wanted = load(str(folder), config, 0, 1, torch.float32).model.norm.weight
+    assert torch.equal(load(pulled, config, 0, 1, torch.float32, url).model.norm.weight, wanted) and wanted.sum()
+
+
+def test_a_caller_that_stops_does_not_wait_for_readers_that_try_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. The first chunk is damaged, and the store breaks off at the others. 2. They would be tried again for hours."""
+    monkeypatch.setattr(stored_model, "_PAUSES_S", (3600.0,))
+    folder = tmp_path / "model"
+    save_model(folder, config_of("llama"))
+    with create_remote_connector(stored(folder)) as place:
+        manifest = place.manifest_blocking()
+        assert manifest is not None
+        reached = threading.Event()
+
+        def read(key: str, start: int = 0, size_bytes: int | None = None) -> bytes:
+            if "/000000-" in key:
+                assert reached.wait(60)
+                return b"damaged"
+            reached.set()
+            raise StorageError("the connection broke", "io")
+
+        monkeypatch.setattr(place, "read_blocking", read)
+        with pytest.raises(StorageError, match="not the bytes"):
+            list(StoredModel(place, manifest).fragments([Extent("model.safetensors", 0, 50_000)]))
 
 
 def test_a_caller_that_stops_leaves_no_thread(tmp_path: Path) -> None:
