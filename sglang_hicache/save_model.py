@@ -38,7 +38,7 @@ ${env.NAME} in a URL is filled in from the environment: other users can read a p
 exit codes:
   0    done, or the model was there already
   1    the store failed, or --verify found damage: a model is served only when it is whole; run it again, it goes on
-  2    a mistake in the command: nothing was changed
+  2    a mistake in the command, or a file of SRC that changed meanwhile: nothing that is served was changed
   130  interrupted: nothing half is served; run it again, it goes on
 """
 
@@ -95,8 +95,10 @@ def _save(source_name: str, target: str, *, overwrite: bool) -> int:
         place = _open(target, stack)
         source = _source(source_name, stack)
         progress = Progress(sum(file.size_bytes for file in source.files), sys.stderr)
-        saved = Upload(source, place, progress.tell, overwrite=overwrite).run_blocking()
-        progress.end()
+        try:
+            saved = Upload(source, place, progress.tell, overwrite=overwrite).run_blocking()
+        finally:
+            progress.end()
         print(_told(saved, place, progress), file=sys.stderr)
     return 0
 
@@ -142,6 +144,7 @@ def _saved_model(url: str, stack: contextlib.ExitStack) -> tuple[BaseWeightConne
     place = _open(url, stack)
     manifest = place.manifest_blocking()
     if manifest is None:
+        next(place.entries_blocking(), None)  # a bucket that is not there is said to be that
         raise StorageError(f"{place.url} holds no model that was saved to its end: it has no {MANIFEST_NAME}")
     return place, manifest
 
@@ -150,7 +153,9 @@ def _list(url: str) -> int:
     with contextlib.ExitStack() as stack:
         _, manifest = _saved_model(url, stack)
     for file in manifest.files:
-        print(f"{file.size_bytes:>15} {file.sha256} {file.name}")
+        # Whoever wrote the list may want to steer the terminal that shows it.
+        name = file.name if file.name.isprintable() else repr(file.name)
+        print(f"{file.size_bytes:>15} {file.sha256} {name}")
     print(f"{len(manifest.files)} files, {size(manifest.size_bytes)}", file=sys.stderr)
     return 0
 

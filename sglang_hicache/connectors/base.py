@@ -39,6 +39,9 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5"
 #: A file of a model that is no weights is read in one piece.
 _LARGEST_PULLED_BYTES = 1 << 30
 
+#: A folder that was copied there has a few dozen.
+_MOST_FILES = 100_000
+
 
 class ConnectorType(enum.Flag):
     """What a connector is good for.  Kinds combine, so ask with `&`: a comparison would miss those that can more."""
@@ -111,6 +114,9 @@ class BaseConnector(ABC):
     def delete_blocking(self, keys: Iterable[str]) -> None:
         """They are gone.  Harmless where they are not there."""
 
+    def tidy_blocking(self) -> None:  # noqa: B027 - most places have nothing to do
+        """Remove what writes have left that were cut off.  Called when nobody writes."""
+
     def find_blocking(self, key: str) -> Buffer | None:
         """The bytes under a key; None: there is nothing."""
         try:
@@ -140,23 +146,32 @@ class BaseWeightConnector(BaseConnector):
         return None if data is None else decode_manifest(data, where)
 
     def pull_files(
-        self, folder: str | None = None, *, allow: Sequence[str] = ("*",), ignore: Sequence[str] = WEIGHTS
+        self,
+        folder: str | None = None,
+        *,
+        allow: Sequence[str] = ("*",),
+        ignore: Sequence[str] = WEIGHTS,
+        manifest: Manifest | None = None,
+        most_bytes: int | None = None,
     ) -> str:
         """Files that match one of `allow` and none of `ignore`, written below a folder (by default a private one, which
-        is removed with the connector); the folder."""
+        is removed with the connector); the folder.  `manifest`: of the model, where it was read already, as another one
+        may be there by now.  UserError: they have more than `most_bytes`, and nothing was written."""
         into = Path(folder if folder is not None else self.local_folder())
-        manifest = self.manifest_blocking()
+        manifest = manifest or self.manifest_blocking()
         if manifest is None:
-            for entry in self._files_blocking():
-                if _is_wanted(entry.key, allow, ignore):
-                    self._pull_blocking(into, entry)
+            entries = [entry for entry in self.files_blocking() if _is_wanted(entry.key, allow, ignore)]
+            self._check_amount(sum(entry.size_bytes for entry in entries), most_bytes)
+            for entry in entries:
+                self._pull_blocking(into, entry)
             return str(into)
         model = StoredModel(self, manifest)
-        for file in manifest.files:
-            if _is_wanted(file.name, allow, ignore):
-                with writing(into, file.name, self.url) as output:
-                    for number in range(len(file.chunks)):
-                        output.write(model.read_chunk_blocking(file, number))
+        files = [file for file in manifest.files if _is_wanted(file.name, allow, ignore)]
+        self._check_amount(sum(file.size_bytes for file in files), most_bytes)
+        for file in files:
+            with writing(into, file.name, self.url) as output:
+                for number in range(len(file.chunks)):
+                    output.write(model.read_chunk_blocking(file, number))
         return str(into)
 
     def weight_iterator(self, extents: Sequence[Extent], manifest: Manifest | None = None) -> Iterator[Fragment]:
@@ -167,9 +182,23 @@ class BaseWeightConnector(BaseConnector):
             raise StorageError(f"{self.url} holds no model that was saved to its end", "refused", "not_found")
         return StoredModel(self, manifest).fragments(extents)
 
-    def _files_blocking(self) -> list[Entry]:
-        """Files of a plain folder.  Names that end in a slash are what some tools make for folders."""
-        return [entry for entry in self.entries_blocking() if not entry.key.endswith("/")]
+    def files_blocking(self) -> list[Entry]:
+        """Files of a plain folder.  Names that end in a slash are what some tools make for folders.  UserError: so
+        many that somebody has named a whole bucket."""
+        found: list[Entry] = []
+        for entry in self.entries_blocking():
+            if len(found) == _MOST_FILES:
+                raise UserError(f"{self.url} holds more than {_MOST_FILES} files: that is no model")
+            if not entry.key.endswith("/"):
+                found.append(entry)
+        return found
+
+    def _check_amount(self, size_bytes: int, most_bytes: int | None) -> None:
+        if most_bytes is not None and size_bytes > most_bytes:
+            raise UserError(
+                f"{self.url}: its files beside the weights have {size_bytes} bytes; more than {most_bytes} are no part "
+                "of a model"
+            )
 
     def _pull_blocking(self, into: Path, entry: Entry) -> None:
         if entry.size_bytes > _LARGEST_PULLED_BYTES:

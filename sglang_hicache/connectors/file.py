@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +18,10 @@ from sglang_hicache.private_file import sync_folder_blocking
 
 #: How the name of a file begins that is not whole yet.
 _PARTIAL = ".partial-"
+_IS_PARTIAL = re.compile(r"\.partial-[0-9a-f]{16}")
+
+#: What a system says of a name under which nothing is.
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 class FileConnector(BaseFileSystemConnector):
@@ -61,20 +67,18 @@ class FileConnector(BaseFileSystemConnector):
 
     def entries_blocking(self, prefix: str = "") -> Iterator[Entry]:
         folder = self._path(prefix.rpartition("/")[0]) if "/" in prefix else self.root
-        for where, folders, names in os.walk(folder):
+        for where, folders, names in os.walk(folder, onerror=self._unlisted):
             folders.sort()
             for name in sorted(names):
                 path = Path(where, name)
                 key = str(path.relative_to(self.root))
-                if key.startswith(prefix) and not name.startswith(_PARTIAL) and path.is_file():
-                    yield Entry(key, path.stat().st_size)
+                if key.startswith(prefix) and not name.startswith(_PARTIAL):
+                    size_bytes = self._size(path, key)
+                    if size_bytes is not None:
+                        yield Entry(key, size_bytes)
 
     def sizes_blocking(self, keys: Sequence[str]) -> list[int | None]:
-        sizes: list[int | None] = []
-        for key in keys:
-            path = self._path(key)
-            sizes.append(path.stat().st_size if path.is_file() else None)
-        return sizes
+        return [self._size(self._path(key), key) for key in keys]
 
     def delete_blocking(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -86,11 +90,32 @@ class FileConnector(BaseFileSystemConnector):
                         break
                     folder.rmdir()
             except OSError as error:
-                raise self._failed("delete", key, error) from error
+                if error.errno not in _ABSENT:
+                    raise self._failed("delete", key, error) from error
+
+    def tidy_blocking(self) -> None:
+        for where, _, names in os.walk(self.root, onerror=self._unlisted):
+            for name in filter(_IS_PARTIAL.fullmatch, names):
+                self.delete_blocking([str(Path(where, name).relative_to(self.root))])
 
     def _path(self, key: str) -> Path:
         check_name(key)
         return self.root / key
+
+    def _size(self, path: Path, key: str) -> int | None:
+        """Of a file; None: there is none."""
+        try:
+            found = path.stat()
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return None
+            raise self._failed("look up", key, error) from error
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def _unlisted(self, error: OSError) -> None:
+        """A folder that cannot be read must not pass for an empty one."""
+        if error.errno not in _ABSENT:
+            raise self._failed("list", os.path.relpath(error.filename, self.root), error) from error
 
     def _failed(self, what: str, key: str, error: OSError) -> StorageError:
         reason = "no_space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "io"

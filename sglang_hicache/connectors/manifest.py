@@ -28,6 +28,7 @@ _SMALLEST_CHUNK_BYTES, _LARGEST_CHUNK_BYTES = 4096, 256 << 20
 
 LARGEST_MANIFEST_BYTES = 256 << 20
 
+_REPAIR = "save_model with --overwrite replaces it"
 _FORMAT, _VERSION = "sglang-hicache model", 1
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CHUNK = re.compile(r"files/[A-Za-z0-9._!-]+/\d{6,}-[0-9a-f]{64}")
@@ -107,13 +108,15 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
     try:
         envelope = msgspec.json.decode(data, type=_Envelope)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise StorageError(f"{where} is no manifest of a model: {error}", "refused", "foreign_format") from None
+        raise StorageError(
+            f"{where} is no manifest of a model: {error}; {_REPAIR}", "refused", "foreign_format"
+        ) from None
     if envelope.format != _FORMAT or envelope.version != _VERSION:
         known = f"{_FORMAT!r} {_VERSION}"
         said = f"{envelope.format!r:.80} {envelope.version}"
         raise StorageError(f"{where} is of the form {said}; this version reads {known}", "refused", "foreign_format")
     if hashlib.sha256(bytes(envelope.model)).hexdigest() != envelope.sha256:
-        raise StorageError(f"{where} is damaged: its checksum does not fit; save the model again", "refused", "corrupt")
+        raise StorageError(f"{where} is damaged: its checksum does not fit; {_REPAIR}", "refused", "corrupt")
     try:
         manifest = msgspec.json.decode(envelope.model, type=Manifest)
         _check(manifest)

@@ -7,13 +7,14 @@ then: all of them have the same weights, and those that the digest in a page's n
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from sglang_hicache.connectors.base import SMALL_FILES, BaseWeightConnector, Entry
+from sglang_hicache.connectors.base import SMALL_FILES, BaseWeightConnector, Entry, writing
 from sglang_hicache.connectors.create import create_remote_connector
 from sglang_hicache.connectors.manifest import (
     CHUNK_BYTES,
@@ -25,11 +26,15 @@ from sglang_hicache.connectors.manifest import (
     encode_manifest,
     is_chunk_key,
 )
+from sglang_hicache.connectors.stored_model import patiently_blocking
 from sglang_hicache.connectors.url import parse_url
 from sglang_hicache.errors import StorageError, UserError
 from sglang_hicache.weights_digest import INDEX_NAME, SINGLE_NAME, digest_of_files, names_in_index
 
 _log = logging.getLogger(__name__)
+
+#: Of everything that is pulled: a store must not be able to fill the disk of a server.
+_MOST_PULLED_BYTES = 2 << 30
 
 
 class RemoteModel(NamedTuple):
@@ -54,10 +59,11 @@ def fetch_blocking(url: str, folder: Path) -> RemoteModel:
         if manifest is None and found.scheme == "file":
             return RemoteModel(f"/{found.path}")  # a plain folder: mapped into memory, and its digest remembered
         folder.mkdir(mode=0o700)
-        place.pull_files(str(folder), allow=SMALL_FILES)
+        place.pull_files(str(folder), allow=SMALL_FILES, manifest=manifest, most_bytes=_MOST_PULLED_BYTES)
         if manifest is None:
             manifest = scan_blocking(place, folder)
-    (folder / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
+    with writing(folder, MANIFEST_NAME, found.public) as output:
+        output.write(encode_manifest(manifest))
     files = weight_files(manifest, folder, found.public)
     return RemoteModel(
         str(folder),
@@ -113,7 +119,7 @@ def _weight_names(known: Iterable[str], folder: Path, where: str) -> list[str]:
 def scan_blocking(place: BaseWeightConnector, folder: Path) -> Manifest:
     """A manifest of the weights of a plain folder, which are read once for it; `folder` has its small files."""
     _log.info("%s was copied there and not saved: its weights are read twice; save_model spares that", place.url)
-    entries = {entry.key: entry for entry in place.entries_blocking()}
+    entries = {entry.key: entry for entry in place.files_blocking()}
     names = _weight_names(entries, folder, place.url)
     missing = [name for name in names if name not in entries]
     if missing:
@@ -129,7 +135,7 @@ def _scan_file_blocking(place: BaseWeightConnector, entry: Entry) -> ModelFile:
     whole, chunks = hashlib.sha256(), []
     for start in range(0, entry.size_bytes, CHUNK_BYTES):
         size_bytes = min(CHUNK_BYTES, entry.size_bytes - start)
-        data = place.read_blocking(entry.key, start, size_bytes)
+        data = patiently_blocking(functools.partial(place.read_blocking, entry.key, start, size_bytes))
         if len(data) != size_bytes:
             raise StorageError(f"{place.url}, key {entry.key!r}: it changed while it was read; try again", "io")
         whole.update(data)

@@ -24,6 +24,7 @@ from sglang_hicache.connectors.manifest import (
     check_name,
     chunk_key,
     encode_manifest,
+    is_chunk_key,
 )
 from sglang_hicache.connectors.stored_model import Buffer, patiently_blocking
 from sglang_hicache.connectors.upload_source import Source
@@ -64,7 +65,7 @@ class Upload:
         """UserError: nothing was changed.  StorageError, KeyboardInterrupt: another run goes on where this one was."""
         for file in self._source.files:
             check_name(file.name)
-        old = self._place.manifest_blocking()
+        old = self._old_blocking()
         there = self._what_is_there_blocking(old)
         if old is not None and not self._overwrite and _shape(old) != _shape_of_source(self._source):
             raise self._another()
@@ -88,19 +89,31 @@ class Upload:
             )
         if old != manifest:
             patiently_blocking(lambda: self._place.write_blocking(MANIFEST_NAME, encode_manifest(manifest)))
-        stale = sorted(set(found) - set(keys))
+        stale = sorted(key for key in found if key not in keys and is_chunk_key(key))
         self._place.delete_blocking(stale)
+        self._place.tidy_blocking()
         return Saved(manifest, self._written_bytes, self._skipped_bytes, len(stale))
 
+    def _old_blocking(self) -> Manifest | None:
+        """What was saved there to its end.  A manifest that cannot be read is replaced only by who asks for it."""
+        try:
+            return self._place.manifest_blocking()
+        except StorageError as error:
+            if not self._overwrite or error.code not in ("foreign_format", "corrupt"):
+                raise
+            return None
+
     def _what_is_there_blocking(self, old: Manifest | None) -> dict[str, int]:
-        """Sizes of the chunks that are there.  A place that holds something else is refused before it is written to."""
+        """Sizes of the chunks that are there.  A place that holds something else is refused before it is written to:
+        what is no chunk of ours is somebody's, wherever it lies."""
         there = {}
         for entry in self._place.entries_blocking(CHUNKS if old is not None else ""):
-            if not entry.key.startswith(CHUNKS):
+            if is_chunk_key(entry.key):
+                there[entry.key] = entry.size_bytes
+            elif old is None and not (self._overwrite and entry.key == MANIFEST_NAME):
                 raise UserError(
                     f"{self._place.url} holds something else ({entry.key!r:.200}); give the model a place of its own"
                 )
-            there[entry.key] = entry.size_bytes
         return there
 
     def _files(self, pool: ThreadPoolExecutor, there: dict[str, int], *, may_write: bool) -> Iterator[ModelFile]:

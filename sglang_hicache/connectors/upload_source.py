@@ -103,10 +103,9 @@ class PlainSource:
 
     def __init__(self, place: BaseWeightConnector) -> None:
         self._place = place
-        found = (entry for entry in place.entries_blocking() if not entry.key.endswith("/"))
         self.files = sorted(
             SourceFile(entry.key, entry.size_bytes)
-            for entry in found
+            for entry in place.files_blocking()
             if entry.key.endswith(".safetensors") or not _is_left_out(entry.key)
         )
         if not any(file.name.endswith(".safetensors") for file in self.files):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -152,6 +154,26 @@ def test_a_connector_takes_over_no_signals(kind: str, connect: Open) -> None:
 def test_a_folder_is_not_left(connect: Open, key: str) -> None:
     with pytest.raises(UserError, match="would lead out of the folder"):
         connect("file").write_blocking(key, b"x")
+
+
+def test_what_a_folder_cannot_tell_is_a_fault_that_names_the_key(
+    places: Places, connect: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = places.new("file")
+    place = connect(url=url)
+    place.write_blocking("a/b", b"1")
+    with pytest.raises(StorageError, match=r"cannot look up the key 'x+': File name too long"):
+        place.sizes_blocking(["x" * 300])
+
+    def scandir(path: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        with pytest.raises(StorageError, match=r"cannot list the key '.': Permission denied"):
+            list(place.entries_blocking())
+    place.delete_blocking(["a/b/c", "no/such/folder"])
+    assert place.sizes_blocking(["a/b", "a/b/c", "a"]) == [1, None, None]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from sglang_hicache import save_model
 from sglang_hicache.connectors.create import create_remote_connector
 from sglang_hicache.connectors.file import FileConnector
+from sglang_hicache.connectors.manifest import Manifest, ModelFile, encode_manifest
 from sglang_hicache.connectors.progress import Progress
 from sglang_hicache.connectors.upload_source import FolderSource
 from tests.unit.connectors.conftest import CHUNK_BYTES, PASSWORD, SAVED, Places, write_model
@@ -124,6 +126,39 @@ def test_a_damaged_chunk_is_repaired(
     assert run(capsys, "--verify", url)[0] == 1
     assert run(capsys, str(model), url, "--overwrite")[0] == 0
     assert run(capsys, "--verify", url)[0] == 0
+
+
+@pytest.mark.parametrize("manifest", [b"no manifest", b'{"format":"sglang-hicache model","version":9}'])
+def test_a_list_that_is_damaged_is_replaced_by_who_says_so(
+    manifest: bytes, kind: str, places: Places, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """1. The list of a saved model is spoiled. 2. What is said of it must help."""
+    url = places.new(kind)
+    run(capsys, str(model), url)
+    with create_remote_connector(url) as place:
+        place.write_blocking("hicache-model.json", manifest)
+    code, _, err = run(capsys, str(model), url)
+    assert code == 1 and "with --overwrite replaces it" in err
+    assert run(capsys, str(model), url, "--overwrite")[0] == 0
+    assert run(capsys, "--verify", url)[0] == 0
+
+
+def test_a_bucket_that_is_not_there_is_named_by_every_command(
+    places: Places, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"s3://no-such-bucket/m?endpoint=http://127.0.0.1:{places.rclone.port}"
+    for argv in ((str(model), url), ("--list", url), ("--verify", url)):
+        code, _, err = run(capsys, *argv)
+        assert code == 1 and "no-such-bucket" in err and "bucket does not exist" in err, argv
+
+
+def test_a_name_in_a_list_does_not_steer_the_terminal(places: Places, capsys: pytest.CaptureFixture[str]) -> None:
+    url = places.new("file")
+    file = ModelFile("a\x1b[2Jb", 0, hashlib.sha256().hexdigest(), ())
+    with create_remote_connector(url) as place:
+        place.write_blocking("hicache-model.json", encode_manifest(Manifest(chunk_bytes=4096, files=(file,))))
+    code, out, _ = run(capsys, "--list", url)
+    assert code == 0 and "\x1b" not in out and "'a\\x1b[2Jb'" in out
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,33 +21,10 @@ from sglang_hicache.connectors.manifest import (
 )
 from sglang_hicache.connectors.source import fetch_blocking
 from sglang_hicache.connectors.stored_model import StoredModel
-from sglang_hicache.connectors.upload import Saved, Upload
-from sglang_hicache.connectors.upload_source import FolderSource, PlainSource, Source, StoreSource
+from sglang_hicache.connectors.upload_source import FolderSource, PlainSource, StoreSource
 from sglang_hicache.errors import StorageError, UserError
-from sglang_hicache.weights_digest import weights_digest
 from tests.unit.connectors.conftest import CHUNK_BYTES, SAVED, Open, Places, write_model
-
-
-def save(source: Path | Source, place: BaseWeightConnector, *, overwrite: bool = False) -> Saved:
-    if isinstance(source, Path):
-        source = FolderSource(str(source), CHUNK_BYTES)
-    return Upload(source, place, lambda written, skipped: None, overwrite=overwrite).run_blocking()
-
-
-def contents(place: BaseWeightConnector) -> dict[str, bytes]:
-    """Every file of the model that is there, as a reader gets it."""
-    manifest = place.manifest_blocking()
-    assert manifest is not None
-    model = StoredModel(place, manifest)
-    return {file.name: model.read_file_blocking(file, file.size_bytes) for file in manifest.files}
-
-
-def of_folder(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in SAVED}
-
-
-def chunks(place: BaseWeightConnector) -> list[str]:
-    return sorted(entry.key for entry in place.entries_blocking(CHUNKS))
+from tests.unit.connectors.saving import chunks, contents, of_folder, save
 
 
 class CutOff(Exception):
@@ -235,6 +210,34 @@ def test_a_place_that_holds_something_else_is_refused_before_it_is_written_to(
     assert [entry.key for entry in place.entries_blocking()] == ["somebody's.txt"]
 
 
+@pytest.mark.parametrize("name", ["files/thesis.doc", "files/a/000001-x", f"files/a/b/000001-{'0' * 64}"])
+def test_what_is_no_chunk_is_somebody_s_wherever_it_lies(
+    name: str, kind: str, connect: Open, model: Path, tmp_path: Path
+) -> None:
+    """1. A folder has a folder `files`. 2. A model is saved there. 3. Once all of `files` was taken for old chunks."""
+    place = connect(kind)
+    place.write_blocking(name, b"theirs")
+    with pytest.raises(UserError, match=f"holds something else .*{name}"):
+        save(model, place)
+    place.delete_blocking([name])
+    save(model, place)
+    place.write_blocking(name, b"theirs")
+    write_model(tmp_path / "new", seed=2)
+    assert save(tmp_path / "new", place, overwrite=True).removed
+    assert bytes(place.read_blocking(name)) == b"theirs"
+
+
+def test_what_an_upload_leaves_that_was_killed_is_removed(places: Places, connect: Open, model: Path) -> None:
+    url = places.new("file")
+    place, folder = connect(url=url), Path(url.removeprefix("file://").replace("%20", " "))
+    for name in (f"files/a/.partial-{'0' * 16}", f".partial-{'1' * 16}", ".partial-of-somebody"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"half")
+    save(model, place)
+    assert [path.name for path in folder.rglob(".partial*")] == [".partial-of-somebody"]
+    assert not (folder / "files" / "a").exists()
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(connect: Open, model: Path) -> None:
     source = FolderSource(str(model), CHUNK_BYTES)
     with open(model / "model-2.safetensors", "ab") as file:
@@ -290,83 +293,6 @@ def test_a_plain_folder_in_a_store_is_saved_elsewhere(connect: Open, model: Path
     plain.write_blocking("pytorch_model.bin", b"x")
     save(PlainSource(plain), file)
     assert contents(file) == of_folder(model)
-
-
-# ---- what a server gets
-
-
-def test_a_server_gets_the_small_files_and_the_digest_of_the_model_on_disk(
-    kind: str, connect: Open, places: Places, model: Path, tmp_path: Path
-) -> None:
-    url = places.new(kind)
-    save(model, connect(url=url))
-    found = fetch_blocking(url, tmp_path / "run")
-    folder = Path(found.directory)
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert names == {*SAVED, MANIFEST_NAME} - {"model-1.safetensors", "model-2.safetensors"}
-    assert all((folder / name).read_bytes() == (model / name).read_bytes() for name in names - {MANIFEST_NAME})
-    assert found.weights_digest == weights_digest(str(model), str(tmp_path / "no-cache"))
-    weights = [model / f"model-{number}.safetensors" for number in (1, 2)]
-    assert found.weights_bytes == sum(file.stat().st_size for file in weights)
-    assert found.url == url and "@" not in found.public_url
-
-
-@pytest.mark.parametrize("kind", ["s3", "redis"])
-def test_a_plain_folder_is_served_too(kind: str, connect: Open, places: Places, model: Path, tmp_path: Path) -> None:
-    url = places.new(kind)
-    place = connect(url=url)
-    for name in SAVED:
-        place.write_blocking(name, (model / name).read_bytes())
-    found = fetch_blocking(url, tmp_path / "run")
-    assert found.weights_digest == weights_digest(str(model), str(tmp_path / "no-cache"))
-    place.write_blocking("model-1.safetensors", (model / "model-2.safetensors").read_bytes())
-    manifest = decode_manifest((tmp_path / "run" / MANIFEST_NAME).read_bytes(), "here")
-    with pytest.raises(StorageError, match="key 'model-1.safetensors': these are not the bytes"):
-        StoredModel(place, manifest).read_chunk_blocking(manifest.files[0], 0)
-
-
-def test_a_plain_folder_here_is_what_it_is(model: Path, tmp_path: Path) -> None:
-    found = fetch_blocking(f"file://{model}", tmp_path / "run")
-    assert (found.directory, found.url) == (str(model), "") and not (tmp_path / "run").exists()
-
-
-def test_a_shard_that_is_missing_is_named(connect: Open, places: Places, model: Path, tmp_path: Path) -> None:
-    url = places.new("s3")
-    place = connect(url=url)
-    for name in SAVED:
-        if name != "model-2.safetensors":
-            place.write_blocking(name, (model / name).read_bytes())
-    with pytest.raises(UserError, match="model-2.safetensors is missing: model.safetensors.index.json names it"):
-        fetch_blocking(url, tmp_path / "run")
-
-
-@pytest.mark.parametrize("kind", ["redis", "s3"])
-def test_nothing_there_is_said(kind: str, connect: Open, places: Places, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no model: neither hicache-model.json nor"):
-        fetch_blocking(places.new(kind), tmp_path / "run")
-
-
-@pytest.mark.parametrize("name", ["../evil.json", "a/../../evil.json", "/evil.json", "nul\0.json", "a//b.json"])
-def test_a_key_that_would_escape_is_refused_by_name(name: str, connect: Open, places: Places, tmp_path: Path) -> None:
-    """1. Somebody puts `<model>/../evil.json` into the store. 2. Elsewhere a server wrote it beside its folder."""
-    url = places.new("redis")
-    connect(url=url).write_blocking(name, b"{}")
-    (tmp_path / "in").mkdir()
-    with pytest.raises(UserError, match="would lead out of the folder") as caught:
-        fetch_blocking(url, tmp_path / "in" / "run")
-    assert repr(name) in str(caught.value)
-    assert not list(tmp_path.rglob("*evil*"))
-
-
-def test_a_file_is_never_written_through_a_link(connect: Open, places: Places, tmp_path: Path) -> None:
-    place = connect("redis")
-    place.write_blocking("config.json", b"{}")
-    (tmp_path / "run").mkdir()
-    os.symlink(tmp_path / "target", tmp_path / "run" / "config.json")
-    with pytest.raises(UserError, match="config.json"):
-        place.pull_files(str(tmp_path / "run"))
-    assert not (tmp_path / "target").exists()
 
 
 def test_five_thousand_chunks(connect: Open, model: Path) -> None:
