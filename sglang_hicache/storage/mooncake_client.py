@@ -70,7 +70,8 @@ _FATAL = 3
 CONNECTIONS = 16
 
 #: The library waits for the transfers of an object a minute, however much has come meanwhile, and then says that they
-#: failed.  A failed call of less than this has nothing under way; a second of doubt, for two clocks.
+#: failed.  A failed call of less than this has nothing under way; a second of doubt, for two clocks.  One that took as
+#: long to make the acquaintance of a process that hangs has nothing under way either, but looks the same.
 GIVES_UP_S = 59.0
 
 #: Exit status of a process that cannot say any more what its library writes.
@@ -241,9 +242,10 @@ class MooncakeClient:
     def _unusable(self, why: str) -> StorageError:
         settings = self._settings
         return StorageError(
-            f"the mooncake client could not be set up: {why}; protocol={settings.protocol!r}, device_name="
-            f"{settings.device_name!r}, global_segment_size={settings.global_segment_size!r} or metadata_server may be "
-            f"wrong for this machine; with {_LOG_LEVEL_ENV}=INFO in the server's environment the library says more",
+            f"the mooncake client could not be set up: {why}; what answers at {settings.master_server_address} may be "
+            f"no master, or one that hangs; or protocol={settings.protocol!r}, device_name={settings.device_name!r}, "
+            f"global_segment_size={settings.global_segment_size!r} or metadata_server are wrong for this machine; with "
+            f"{_LOG_LEVEL_ENV}=INFO in the server's environment the library says more",
             "refused",
             "bad_config",
         )
@@ -255,6 +257,7 @@ class MooncakeClient:
         os.environ.update({
             "MC_RPC_TIMEOUT_MS": str(int(settings.timeout_s * 1000)),
             "MC_RPC_CONNECT_TIMEOUT_MS": str(int(settings.connect_timeout_s * 1000)),
+            "MC_HANDSHAKE_CONNECT_TIMEOUT": str(math.ceil(settings.connect_timeout_s)),
             "MC_TCP_STATUS_TIMEOUT_SEC": seconds,
             "MC_TCP_PROGRESS_TIMEOUT_SEC": seconds,
             "MC_TCP_ADMISSION_TIMEOUT_MS": str(int(settings.timeout_s * 1000)),

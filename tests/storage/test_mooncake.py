@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import socket
 import subprocess
 import sys
 import textwrap
@@ -245,6 +246,20 @@ def test_nobody_at_the_address_of_the_master_is_said_at_once() -> None:
         backend.close_blocking()
         assert (met.value.reason, met.value.code) == ("refused", code)
         assert isinstance(met.value.__cause__, OSError)
+
+
+def test_what_is_no_master_is_named_when_the_client_cannot_be_set_up() -> None:
+    """Somebody listens at the address and says nothing: another program, or a master that hangs."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        backend = pages.backend("mooncake", {"master_server_address": address, **_WAIT})
+        began_s = time.monotonic()
+        with pytest.raises(
+            StorageError, match=f"what answers at {re.escape(address)} may be no master, or one that hangs"
+        ):
+            backend.open_blocking()
+        assert time.monotonic() - began_s < 20.0, "an attach has 30 s"
+        backend.close_blocking()
 
 
 def test_a_transport_that_the_library_does_not_know_is_refused(store: Mooncake) -> None:
