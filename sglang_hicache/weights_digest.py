@@ -62,11 +62,7 @@ def weight_files(path: str) -> list[Path]:
     folder = Path(path)
     index = folder / INDEX_NAME
     if index.exists():
-        try:
-            data = _read_index(index)
-        except OSError as error:
-            raise UserError(f"{index} cannot be read as a weights index: {error}") from error
-        files = [folder / name for name in names_in_index(data, str(index))]
+        files = [folder / name for name in names_in_index(index, str(index))]
     elif (folder / SINGLE_NAME).is_file():
         files = [folder / SINGLE_NAME]
     else:
@@ -79,11 +75,11 @@ def weight_files(path: str) -> list[Path]:
     return files
 
 
-def names_in_index(data: bytes, where: str) -> list[str]:
+def names_in_index(index: Path, where: str) -> list[str]:
     """The weight files that an index names, in name order; `where`: what to call it in a message."""
     try:
-        names = sorted(set(msgspec.json.decode(data, type=_Index).weight_map.values()))
-    except (msgspec.MsgspecError, RecursionError) as error:
+        names = sorted(set(msgspec.json.decode(_read_index(index), type=_Index).weight_map.values()))
+    except (msgspec.MsgspecError, OSError, RecursionError, UnicodeDecodeError) as error:
         raise UserError(f"{where} cannot be read as a weights index: {error}") from error
     for name in names:
         # An index may come from the hub: it must not have other files of this machine looked for, or read.
@@ -152,7 +148,7 @@ def _read_cache(cache_file: str) -> dict[str, _CachedDigest]:
             return {}
         try:
             return msgspec.json.decode(stream.read(), type=dict[str, _CachedDigest])
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
             return {}
 
 

@@ -120,7 +120,7 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
     try:
         manifest = msgspec.json.decode(envelope.model, type=Manifest)
         _check(manifest)
-    except (msgspec.MsgspecError, UserError) as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, UserError) as error:
         raise StorageError(f"{where} cannot be used: {error}", "refused", "foreign_format") from None
     return manifest
 

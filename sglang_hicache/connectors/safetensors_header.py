@@ -17,6 +17,8 @@ from sglang_hicache.errors import UserError
 LENGTH_BYTES = 8
 #: The format's own limit.
 LARGEST_HEADER_BYTES = 100_000_000
+#: torch has no more; a million of them would take an hour to multiply.
+_MOST_DIMENSIONS = 64
 
 _METADATA = "__metadata__"
 
@@ -64,8 +66,10 @@ def parse_header(beginning: bytes, file: str, size_bytes: int, where: str) -> di
     found = {}
     for name, entry in entries.items():
         start, end = (first + offset for offset in entry.data_offsets)
-        count = math.prod(entry.shape) if all(length >= 0 for length in entry.shape) else -1
         known = DTYPE_BYTES.get(entry.dtype)
+        if len(entry.shape) > _MOST_DIMENSIONS:
+            raise UserError(f"{where}: tensor {name} has {len(entry.shape)} dimensions")
+        count = math.prod(entry.shape) if all(length >= 0 for length in entry.shape) else -1
         if not first <= start <= end <= size_bytes or (known is not None and end - start != count * known):
             raise UserError(f"{where}: tensor {name} is not where the header says")
         found[name] = StoredTensor(file, entry.dtype, tuple(entry.shape), start, end)

@@ -104,7 +104,7 @@ def _weight_names(known: Iterable[str], folder: Path, where: str) -> list[str]:
     """As `weights_digest.weight_files` finds them in a folder: a server from a disk must come to the same digest."""
     index = folder / INDEX_NAME
     if index.is_file():
-        return names_in_index(index.read_bytes(), f"{where}, {INDEX_NAME}")
+        return names_in_index(index, f"{where}, {INDEX_NAME}")
     if SINGLE_NAME in known:
         return [SINGLE_NAME]
     names = sorted(name for name in known if "/" not in name and name.endswith(".safetensors"))

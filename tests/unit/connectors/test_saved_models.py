@@ -193,6 +193,16 @@ def test_a_manifest_whose_sum_is_right_may_still_be_wrong(files: tuple[ModelFile
         decode_manifest(encode_manifest(Manifest(chunk_bytes=4096, files=files)), "here")
 
 
+@pytest.mark.parametrize("model", [b'{"files":[{"name":"\xff"', b'{"files":' + b"[" * 100_000])
+def test_a_manifest_whose_sum_is_right_may_be_no_text(model: bytes) -> None:
+    model += b"]" * model.count(b"[") + b"}"
+    model = model.replace(b'\xff"', b'\xff"}')
+    digest = hashlib.sha256(model).hexdigest().encode()
+    whole = b'{"format":"sglang-hicache model","version":1,"sha256":"%b","model":%b}' % (digest, model)
+    with pytest.raises(StorageError, match="cannot be used|is no manifest"):
+        decode_manifest(whole, "here")
+
+
 def test_a_name_says_one_file_only() -> None:
     names = ["a/b", "a!2Fb", "a b", "a_b", "ü", "..x", ".x", "x" * 300, "x" * 301, "%2F", "A", "a"]
     keys = {chunk_key(name, 0, "0" * 64) for name in names}

@@ -16,6 +16,7 @@ from sglang_hicache.connectors import source, stored_model
 from sglang_hicache.connectors.create import create_remote_connector
 from sglang_hicache.connectors.file import FileConnector
 from sglang_hicache.connectors.manifest import MANIFEST_NAME, encode_manifest
+from sglang_hicache.connectors.safetensors_header import parse_header
 from sglang_hicache.connectors.source import fetch_blocking
 from sglang_hicache.connectors.stored_model import READ_AHEAD, Extent, StoredModel
 from sglang_hicache.connectors.upload import Upload
@@ -250,6 +251,13 @@ def respelled(folder: Path, name: str, dtype: bytes) -> None:
     at = data.index(f'"{name}":{{"dtype":"F32"'.encode()) + len(name) + 13
     assert data[at : at + 3] == b"F32" and len(dtype) == 3
     file.write_bytes(data[:at] + dtype + data[at + 3 :])
+
+
+def test_a_tensor_of_a_million_dimensions_is_not_counted() -> None:
+    """Their product has a million digits, and takes an hour."""
+    header = b'{"a":{"dtype":"F32","shape":[9' + b",9" * 99 + b'],"data_offsets":[0,0]}}'
+    with pytest.raises(UserError, match="here: tensor a has 100 dimensions"):
+        parse_header(len(header).to_bytes(8, "little") + header, "file", 1000, "here")
 
 
 def test_a_dtype_that_nobody_knows_is_refused_where_it_is_wanted(tmp_path: Path) -> None:

@@ -159,9 +159,10 @@ def test_missing_weights_are_refused_with_what_is_expected(tmp_path, cache):
     _index(tmp_path, "model-1.safetensors")
     with pytest.raises(UserError, match="model-1.safetensors is missing"):
         weights_digest(str(tmp_path), cache)
-    (tmp_path / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(UserError, match="cannot be read as a weights index"):
-        weights_digest(str(tmp_path), cache)
+    for content in (b"[]", b'{"weight_map":{"\xff":"a"}}', b'{"weight_map":' + b"[" * 100_000):
+        (tmp_path / "model.safetensors.index.json").write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read as a weights index"):
+            weights_digest(str(tmp_path), cache)
 
 
 def test_floor_and_batch_import_no_torch():
