@@ -68,6 +68,8 @@ PROCESS_COUNTERS = (
     ("get_requests", "Requests to an S3 server that read an object"),
     ("put_requests", "Requests to an S3 server that write an object"),
     ("delete_requests", "Requests to an S3 server that delete objects"),
+    ("direct_pages", "Pages that the library of Mooncake moved from or to the host pool in place"),
+    ("staged_pages", "Pages that went through memory of the storage process on the way to or from Mooncake"),
     ("evicted_pages", "Pages that were deleted to stay below the size limit"),
     ("expired_pages", "Pages that were deleted because of their age"),
     ("no_space_pages", "Pages that were refused for want of space"),

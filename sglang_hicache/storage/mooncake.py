@@ -103,7 +103,7 @@ class MooncakeBackend(StorageBackend):
 
     def stats(self) -> dict[str, int]:
         counted = self._counters.snapshot()
-        return {name: counted.get(name, 0) for name in ("copied_pages", "direct_pages", "no_space_pages")}
+        return {name: counted.get(name, 0) for name in ("staged_pages", "direct_pages", "no_space_pages")}
 
     def close_blocking(self) -> None:
         self._reads.close()

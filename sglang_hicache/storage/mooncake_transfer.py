@@ -155,7 +155,7 @@ class TransferLane(Generic[_Page]):
 
 
 def _counter(pieces: Pieces) -> str:
-    return "direct_pages" if pieces.is_direct else "copied_pages"
+    return "direct_pages" if pieces.is_direct else "staged_pages"
 
 
 def _read_outcome(page: IncomingPage, code: int, stored_bytes: int) -> PageOutcome:

@@ -94,11 +94,11 @@ def test_pages_of_the_host_pool_travel_in_place_and_others_by_a_copy(make: Calla
         inside = [OutgoingPage(layout, pages.key(number), pool.page(number), b"", 0) for number in range(3)]
         outside = outgoing(layout, 2, first=3)
         assert backend.write_blocking([*inside, *outside]) == [PageResult.WRITTEN] * 5
-        assert (backend.stats()["direct_pages"], backend.stats()["copied_pages"]) == (3, 2)
+        assert (backend.stats()["direct_pages"], backend.stats()["staged_pages"]) == (3, 2)
         back = [IncomingPage(layout, pages.key(number), pool.page(5 - number)) for number in range(3)]
         back += incoming(layout, 2, first=3)
         assert backend.read_blocking(back) == [PageResult.HIT] * 5
-        assert (backend.stats()["direct_pages"], backend.stats()["copied_pages"]) == (6, 4)
+        assert (backend.stats()["direct_pages"], backend.stats()["staged_pages"]) == (6, 4)
         assert all(page.judge().value == "good" for page in back)
         assert [bytes(page.payload) for page in back] == [bytes(pages.content(n, _PAGE_BYTES)) for n in range(5)]
         backend.close_blocking()
@@ -119,7 +119,7 @@ def test_a_page_that_is_there_is_not_written_again(make: Callable[..., MooncakeB
     assert backend.write_blocking(outgoing(layout, 2, first=2)) == [PageResult.WRITTEN] * 2
     there = [PageResult.WRITTEN, PageResult.PRESENT, PageResult.PRESENT, PageResult.WRITTEN]
     assert backend.write_blocking(outgoing(layout, 4)) == there
-    assert backend.stats()["copied_pages"] == 4
+    assert backend.stats()["staged_pages"] == 4
 
 
 def test_an_object_of_another_size_gives_way_to_a_page_and_is_never_read(make: Callable[..., MooncakeBackend]) -> None:
