@@ -52,7 +52,12 @@ class S3Connector(BaseFileSystemConnector):
             yield Entry(key, size_bytes)
 
     def sizes_blocking(self, keys: Sequence[str]) -> list[int | None]:
-        return [self._bucket.size_blocking(key) for key in keys]
+        try:
+            return [self._bucket.size_blocking(key) for key in keys]
+        except StorageError as error:
+            if error.reason == "refused":
+                self._bucket.check_blocking()  # raises with the reason of the server, which the answer to HEAD lacks
+            raise
 
     def delete_blocking(self, keys: Iterable[str]) -> None:
         self._bucket.delete_blocking(keys)

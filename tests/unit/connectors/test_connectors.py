@@ -242,6 +242,20 @@ def test_wrong_keys_are_refused_and_not_repeated(
     assert caught.value.code in ("wrong_password", "no_permission") and "wrongword" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("variable", "says"),
+    [("AWS_ACCESS_KEY_ID", "InvalidAccessKeyId"), ("AWS_SECRET_ACCESS_KEY", "SignatureDoesNotMatch")],
+)
+def test_what_is_wrong_with_the_keys_is_said_by_the_first_question(
+    variable: str, says: str, connect: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everybody begins with the size of the list: an answer without a body, and so without a reason."""
+    monkeypatch.setenv(variable, "wrongword")
+    with pytest.raises(StorageError, match=says) as caught:
+        connect("s3").manifest_blocking()
+    assert caught.value.code == "wrong_password" and "wrongword" not in str(caught.value)
+
+
 def test_nothing_shows_a_password(connect: Open) -> None:
     place = connect("redis")
     assert "@" not in place.url and PASSWORD not in repr(place) and "p%40ss" not in repr(vars(place))
