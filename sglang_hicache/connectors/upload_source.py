@@ -65,6 +65,9 @@ class FolderSource:
         names: list[str] = []
         for where, folders, files in os.walk(self._folder):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
+            # A link to a folder is not followed: it may lead in a circle.
+            links = [Path(where, name) for name in folders if Path(where, name).is_symlink()]
+            self.left_out += [f"{path.relative_to(self._folder)}/" for path in links]
             for file in files:
                 name = str(Path(where, file).relative_to(self._folder))
                 is_wanted = (name in weights or not _is_left_out(name)) and Path(where, file).is_file()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sglang_hicache import save_model
+from sglang_hicache.connectors import progress
 from sglang_hicache.connectors.create import create_remote_connector
 from sglang_hicache.connectors.file import FileConnector
 from sglang_hicache.connectors.manifest import Manifest, ModelFile, encode_manifest
@@ -101,6 +102,24 @@ def test_interrupted_and_run_again(
     code, _, err = run(capsys, str(model), url)
     assert code == 0 and "were there" in err
     assert run(capsys, "--verify", url)[0] == 0
+
+
+def test_what_went_wrong_has_a_line_of_its_own(places: Places, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal the cursor stands behind the progress."""
+
+    real = FileConnector.write_blocking
+
+    def write(self: FileConnector, key: str, data: bytes) -> None:
+        if "tokenizer" in key:  # the last file
+            raise KeyboardInterrupt
+        real(self, key, data)
+
+    monkeypatch.setattr(FileConnector, "write_blocking", write)
+    monkeypatch.setattr(progress, "_OFTEN_S", 0)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert save_model.main([str(model), places.new("file")]) == 130
+    assert terminal.getvalue().splitlines()[-1].startswith("interrupted:")
 
 
 def test_verify_names_all_that_is_damaged(places: Places, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,11 +223,11 @@ def test_progress_is_one_line_on_a_terminal_and_few_elsewhere() -> None:
     now = [0.0]
     for output, separator in ((Terminal(), "\r\x1b[K"), (io.StringIO(), "\n")):
         now[0] = 0.0
-        progress = Progress(2_000_000_000, output, lambda: now[0])
+        counted = Progress(2_000_000_000, output, lambda: now[0])
         for _ in range(100):
             now[0] += 0.25
-            progress.tell(10_000_000, 10_000_000)
-        progress.end()
+            counted.tell(10_000_000, 10_000_000)
+        counted.end()
         lines = [line for line in output.getvalue().split(separator) if line.strip()]
         assert len(lines) == (101 if separator != "\n" else 2)
         assert lines[0].startswith("20.0 MB of 2.0 GB (1 %), 40.0 MB/s" if separator != "\n" else "800.0 MB of 2.0 GB")
@@ -221,6 +240,8 @@ def test_what_a_hub_leaves_behind_is_followed(model: Path, tmp_path: Path) -> No
     links.mkdir()
     for name in ("config.json", "model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json"):
         (links / name).symlink_to(model / name)
+    wanted = sorted(path.name for path in links.iterdir())
+    (links / "more").symlink_to(model)
     source = FolderSource(str(links))
-    assert [file.name for file in source.files] == sorted(path.name for path in links.iterdir())
+    assert [file.name for file in source.files] == wanted and source.left_out == ["more/"]
     assert json.loads(source.read_blocking(source.files[0], 0))

@@ -31,9 +31,7 @@ class CutOff(Exception):
     """The upload ends here."""
 
 
-def cut_off_after(
-    place: BaseWeightConnector, count: int, monkeypatch: pytest.MonkeyPatch, error: type = CutOff
-) -> None:
+def cut_off_after(place: BaseWeightConnector, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The place takes so many writes, and then the process is ended."""
     real, left = place.write_blocking, [count]
 
