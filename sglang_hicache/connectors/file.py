@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import secrets
@@ -52,6 +53,7 @@ class FileConnector(BaseFileSystemConnector):
         path = self._path(key)
         temporary = path.with_name(f"{_PARTIAL}{secrets.token_hex(8)}")
         try:
+            new = list(itertools.takewhile(lambda folder: not folder.exists(), path.parents))
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with open(temporary, "xb") as stream:
@@ -61,7 +63,10 @@ class FileConnector(BaseFileSystemConnector):
                 os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
-            sync_folder_blocking(path.parent)
+            # A new folder is a name in another one: without that a chunk could be lost with the power, and the list of
+            # all chunks, which is written later, be there.
+            for folder in (path.parent, *(folder.parent for folder in new)):
+                sync_folder_blocking(folder)
         except OSError as error:
             raise self._failed("write", key, error) from error
 

@@ -17,6 +17,7 @@ from sglang_hicache.connectors import (
     BaseKVConnector,
     ConnectorType,
     create_remote_connector,
+    file,
 )
 from sglang_hicache.errors import StorageError, UserError
 from tests.servers import s3
@@ -174,6 +175,18 @@ def test_what_a_folder_cannot_tell_is_a_fault_that_names_the_key(
             list(place.entries_blocking())
     place.delete_blocking(["a/b/c", "no/such/folder"])
     assert place.sizes_blocking(["a/b", "a/b/c", "a"]) == [1, None, None]
+
+
+def test_new_folders_outlive_the_power(connect: Open, places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = places.new("file")
+    root = Path(url.removeprefix("file://").replace("%20", " "))
+    root.mkdir(parents=True)
+    synced: list[Path] = []
+    monkeypatch.setattr(file, "sync_folder_blocking", synced.append)
+    for key, wanted in (("a/b/one", ["a/b", "a", "."]), ("a/b/two", ["a/b"])):
+        connect(url=url).write_blocking(key, b"x")
+        assert synced == [root / name for name in wanted]
+        synced.clear()
 
 
 @pytest.mark.parametrize(
