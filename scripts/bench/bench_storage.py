@@ -283,8 +283,6 @@ def main() -> None:
     parser.add_argument("--only", choices=("plain", "care", "remote"), help="one of the three tables")
     options = parser.parse_args()
     os.environ[ALLOW_FAULTY_ENV] = "1"
-    # Mooncake's library would tell about itself in the middle of the tables; it knows the variable by this name alone.
-    os.environ["GLOG_minloglevel"] = "3"  # noqa: SIM112
     folder = Path(tempfile.mkdtemp(prefix="bench_storage_", dir=options.folder))
     total_bytes = options.total_mib * 2**20
     try:

@@ -25,6 +25,7 @@ from obstore.store import S3Store
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sglang_hicache.cache.pools import HostPool
+from sglang_hicache.storage.mooncake_client import keep_quiet
 from tests.servers.mooncake import Mooncake
 from tests.servers.redis import RedisServer
 from tests.servers.s3 import ACCESS_KEY, BUCKET, SECRET_KEY, RcloneServer
@@ -131,6 +132,7 @@ class PlainMooncake(Plain):
 
     def __init__(self, pool: HostPool, store: Mooncake) -> None:
         super().__init__(pool)
+        keep_quiet()  # or the library tells about itself in the middle of the tables
         self._client = MooncakeDistributedStore()
         failed = self._client.setup(
             "127.0.0.1", "P2PHANDSHAKE", 0, 64 << 20, "tcp", "", store.config()["master_server_address"]

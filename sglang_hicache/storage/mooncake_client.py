@@ -104,7 +104,7 @@ class MooncakeClient:
         if self._address is not None:
             own = self._knock_blocking("refused")
             hostname = settings.local_hostname or own
-        _keep_quiet()
+        keep_quiet()
         self._set_waits()
         store = library.MooncakeDistributedStore()
         try:
@@ -266,7 +266,7 @@ class MooncakeClient:
         })  # fmt: skip
 
 
-def _keep_quiet() -> None:
+def keep_quiet() -> None:
     """Nothing of the library goes to standard error, unless the operator wants it.  A build without that switch is as
     quiet as its environment can make it."""
     if os.environ.get(_LOG_LEVEL_ENV, "ERROR") != "ERROR":
