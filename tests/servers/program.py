@@ -94,6 +94,7 @@ class Program:
     def pause(self) -> None:
         """It hangs from now on, connections and all."""
         os.killpg(self.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)  # a busy machine may let it go on for a while
 
     def go_on(self) -> None:
         """It hangs no longer."""

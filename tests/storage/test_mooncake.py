@@ -258,7 +258,7 @@ def test_what_is_no_master_is_named_when_the_client_cannot_be_set_up() -> None:
             StorageError, match=f"what answers at {re.escape(address)} may be no master, or one that hangs"
         ):
             backend.open_blocking()
-        assert time.monotonic() - began_s < 20.0, "an attach has 30 s"
+        assert time.monotonic() - began_s < 30.0, "an attach has no more"
         backend.close_blocking()
 
 
@@ -273,8 +273,9 @@ def test_a_transport_that_the_library_does_not_know_is_refused(store: Mooncake) 
 def test_a_master_that_hangs_or_dies_or_is_started_again_costs_calls_and_no_attach(
     tmp_path: Path, store: Mooncake
 ) -> None:
-    """`store`: the library has its threads already.  Bounds are those that only a failing test meets."""
-    with Mooncake(tmp_path, "--client_ttl=3") as own:
+    """`store`: the library has its threads already.  Bounds are those that only a failing test meets, and the master
+    does not give the holder up while it hangs itself."""
+    with Mooncake(tmp_path, "--client_ttl=60") as own:
         backend = pages.backend("mooncake", own.config(**_WAIT))
         backend.open_blocking()
         try:
@@ -307,7 +308,7 @@ def test_a_holder_that_hangs_or_dies_costs_its_pages(tmp_path: Path, store: Moon
             for _ in range(2):
                 outcomes = backend.read_blocking(incoming(layout, 8))
                 assert [_is_io(outcome) for outcome in outcomes] == [True]
-            assert time.monotonic() - began_s < 30.0
+            assert time.monotonic() - began_s < 60.0
             own.holder.kill_blocking()
             pages.wait_until(lambda: backend.exists_blocking(names(layout, 1)) == 0, "the master keeps what is gone")
             assert backend.read_blocking(incoming(layout, 1)) == [PageResult.MISS]
@@ -331,7 +332,7 @@ def _fails(backend: MooncakeBackend, layout: PageLayout, words: str) -> None:
         with pytest.raises(StorageError, match=words) as met:
             call()
         assert met.value.reason == "io"
-        assert time.monotonic() - began_s < 10.0
+        assert time.monotonic() - began_s < 30.0
 
 
 def _raise_first(outcomes: list) -> None:
