@@ -146,10 +146,14 @@ def _body(args: argparse.Namespace) -> dict[str, Any]:
 
 def _extra_config(given: str | None) -> str | None:
     """As JSON; None: none was given, which is another thing than an empty one."""
-    if given == "-":
-        return extra_config_json(sys.stdin.read())
-    config = extra_config_json(given)
-    if config is not None and not given.lstrip().startswith("@") and _shows_a_secret(config):
+    config = extra_config_json(sys.stdin.read() if given == "-" else given)
+    if config is not None and "hicache_storage_backend" in json.loads(config):
+        # Examples of the HTTP API are such files, and the server would only list the keys that it does not know.
+        raise UserError(
+            "--extra-config is the body of an attach over HTTP; give what stands in its "
+            "hicache_storage_backend_extra_config alone"
+        )
+    if config is not None and given != "-" and not given.lstrip().startswith("@") and _shows_a_secret(config):
         raise UserError(
             "--extra-config holds a secret, which every user of this machine can read in the process list; put the "
             'JSON into a file and give @FILE, or - and standard input, or name a variable of the server: "${env.NAME}"'

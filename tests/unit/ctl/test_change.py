@@ -165,6 +165,15 @@ def test_a_secret_on_the_command_line_is_refused(server: FakeServer, run: Run, c
     assert "@FILE" in ran.err and "hunter2" not in ran.out + ran.err
 
 
+@pytest.mark.parametrize("key", ["hicache_storage_backend_extra_config", "hicache_storage_backend_extra_config_json"])
+def test_the_body_of_an_http_attach_is_no_extra_config(server: FakeServer, run: Run, tmp_path: Path, key: str) -> None:
+    """The pages of the stores show such files as `attach.json`, and the next command there is one of this tool."""
+    (tmp_path / "attach.json").write_text(json.dumps({"hicache_storage_backend": "redis", key: "{}"}))
+    ran = run("dry-run", "redis", "--extra-config", f"@{tmp_path / 'attach.json'}")
+    assert ran.code == 2 and not server.asked
+    assert "the body of an attach over HTTP" in ran.err
+
+
 def test_a_name_of_a_secret_is_none(server: FakeServer, run: Run) -> None:
     assert run("attach", "file", "--extra-config", '{"password": "${env.STORE_PASSWORD}"}').code == 0
 
