@@ -30,7 +30,7 @@ REDACTED = "***"
 _SECRET_NAME = re.compile(
     r"(^|[_-]|(?<=[a-z\d])(?=[A-Z]))"
     r"(?i:(api|access|account|admin|auth|client|encryption|master|private|secret|session|shared|signing)*"
-    r"(key|secret|password|passwd|passphrase|passcode|pass|pwd|pw|token|credential|authorization|cookie|signature)s?)"
+    r"(key|secret|pass?wor[dt]|passwd|passphrase|passcode|pass|pwd|pw|token|credential|authorization|cookie|signature)s?)"
     r"($|[_-]|(?=[A-Z]))"
 )
 
@@ -43,8 +43,15 @@ _COUNTS_TOKENS = re.compile(r"(?i)tokens$|(?<!api)(?<!access)(?<!auth)(?<!secret
 #: A text that each rank fills in for itself (`storage/placeholders.py`) says where a secret is, and not what it is.
 _FILLED_IN = re.compile(r"\$\{[\w.]+\}")
 
-#: User and password of a URL, up to the last @ before its path: a password may hold one.
-_URL_LOGIN = re.compile(r"(?<=://)[^/\s\"']+(?=@)")
+#: User and password of a URL, up to the last @ before its path: a password may hold one.  One with a bare slash makes
+#: no URL, and is in the complaint about it; a number behind the colon is a port, and what follows is a path.
+_URL_LOGIN = re.compile(r"(?<=://)(?:[^/\s\"']+|[^/:\s\"'\[]*:(?!\d+/)[^\s\"']{1,500})(?=@)")
+
+#: The same without a scheme, as people write it where host:port is asked for.
+_BARE_LOGIN = re.compile(
+    r"(?<![^\s\"',;=(\[])[^\s\"',;=()\[\]/:@]{0,100}:[^\s\"'/@]{1,500}"
+    r"(?=@(?:\[[\w:.]{2,45}\]|[\w.-]{1,260}):\d)"
+)
 
 #: Secrets among the parameters of a URL ("?password=...") and the parts of a connection string (";AccountKey=...").
 _URL_SECRET = re.compile(
@@ -87,7 +94,7 @@ def secrets_in(value: Any, name: str = "") -> list[str]:
 
 def without_logins(text: str) -> str:
     """A text without the secrets that show by their form: in URLs and connection strings."""
-    return _URL_SECRET.sub(rf"\g<1>{REDACTED}", _URL_LOGIN.sub(REDACTED, text))
+    return _URL_SECRET.sub(rf"\g<1>{REDACTED}", _BARE_LOGIN.sub(REDACTED, _URL_LOGIN.sub(REDACTED, text)))
 
 
 def _inherited(parent: str, name: str) -> str:
@@ -256,7 +263,7 @@ LEVELS = frozenset({
 })  # fmt: skip
 
 #: What stands before the names of one store inside another.
-INSIDE = re.compile(r"(tier|copy)[0-9]+_")
+INSIDE = re.compile(r"(tier|copy)([0-9]+)_")
 
 
 def is_level(name: str) -> bool:

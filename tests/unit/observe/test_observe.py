@@ -19,6 +19,7 @@ from sglang_hicache.observe import (
     report_uncaught,
     secrets_in,
     start_logging,
+    without_logins,
     without_secrets,
 )
 from sglang_hicache.story import Story
@@ -68,6 +69,36 @@ def test_no_secret_in_any_line(stderr, form):
     assert "hunter2" not in text
     assert "***" in text
     assert "store:6379" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("redis://:zz/hunter2@store:6379/0", "redis://***@store:6379/0"),
+        ("redis://joe:zz/hunter2@store", "redis://***@store"),
+        ('"nodes": ["joe:hunter2@store:6379"]', '"nodes": ["***@store:6379"]'),
+        ("joe:hunter2@[::1]:6379", "***@[::1]:6379"),
+        ("http://store:8080/a@b", "http://store:8080/a@b"),
+        ("s3://bucket/a@b", "s3://bucket/a@b"),
+        ("12:30:01 done@once", "12:30:01 done@once"),
+    ],
+)
+def test_logins_are_hidden_where_they_make_no_url(text: str, shown: str) -> None:
+    """A config that was refused is repeated to whoever sent it, and stands in the audit log."""
+    assert without_logins(text) == shown
+
+
+def test_looking_for_logins_takes_no_longer_than_a_text_is_long() -> None:
+    for text in ("x://a:b" * 10_000, "://" + "a:" * 30_000, "a:b," * 30_000):
+        started = time.process_time()
+        assert without_logins(text) == text
+        assert time.process_time() - started < 3.0, text[:20]
+
+
+@pytest.mark.parametrize("name", ["pasword", "passwort", "db_pasword", "Pasword"])
+def test_a_password_whose_name_is_misspelt_is_hidden(name: str) -> None:
+    """Only a refusal tells of the mistake, and repeats the config."""
+    assert redacted({name: "hunter2", "passing": "shown"}) == {name: "***", "passing": "shown"}
 
 
 def test_redaction_of_settings_goes_by_name_and_keeps_numbers():
