@@ -21,6 +21,7 @@ from sglang_hicache.errors import ProtocolError
 from sglang_hicache.heartbeat import Heartbeat
 from sglang_hicache.observe import learn_secrets
 from sglang_hicache.scheduler.core import Effects, SchedulerCore
+from sglang_hicache.scheduler.left_alone import left_alone
 from sglang_hicache.scheduler.mailbox import Mailbox
 from sglang_hicache.scheduler.probes import Key, Probes
 from sglang_hicache.scheduler.status import merged
@@ -127,13 +128,15 @@ class TickLoop:
         status, driver, update = self._core.status.answer(query_id, now), self._driver, self._core.update
         last_error, age_s = status.last_error, status.last_error_age_s
         failure, failed_us = driver.failure(status.epoch)
+        stats = driver.stats(status.epoch)
         # The younger one: a switch that was refused an hour ago must not hide that the store which serves fails now.
         if failure and (not last_error or now - failed_us < age_s * 1e6):
             last_error, age_s = failure, (now - failed_us) / 1e6
         return msgspec.structs.replace(
             status,
             backend_info=driver.info(status.epoch),
-            backend_stats=driver.stats(status.epoch),
+            backend_stats=stats,
+            why=[*left_alone(stats), *status.why],
             counters=status.counters | driver.counters.snapshot(),
             totals=merged(status.totals, driver.totals()),
             last_error=last_error,

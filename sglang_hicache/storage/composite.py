@@ -203,10 +203,11 @@ class Composite(StorageBackend):
             member.use_namespace(namespace)
 
     def info(self) -> dict[str, str]:
-        """Of each store its backend, whether it is there, and what it says of itself."""
+        """Of each store its backend, whether it opened, and what it says of itself.  Asked when all were opened, and
+        shown for as long as they are attached: how they are later, `stats` says."""
         found: dict[str, str] = {}
         for member in self._members:
-            state = "well" if member.is_well() else str(member.rest_error())
+            state = "opened" if member.is_well() else str(member.rest_error())
             found[self._prefix(member)] = f"{member.kind}: {state}"
             found |= {f"{self._prefix(member)}_{name}": value for name, value in member.info().items()}
         return found

@@ -82,7 +82,7 @@ class Health:
             error, left_s = self._error, max(0.0, self._until_s - self._clock())
         if error is None:
             return StorageError(f"{self._label} was not asked")
-        return _named(f"{self._label} is left alone for {left_s:.0f} s", error)
+        return _named(f"{self._label} is left alone for {left_s:.1f} s", error)
 
     def failed(self, error: StorageError, patience: int = FAILURES_IN_A_ROW) -> None:
         """A call has failed; `patience`: it is left alone from so many in a row on, 1 if it did not open."""

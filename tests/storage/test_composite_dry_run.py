@@ -47,9 +47,9 @@ def test_the_tier_that_fails_is_named_where_it_is_needed(call: str, step: str) -
 def test_what_a_mirror_can_do_without_is_told_and_no_failure(call: str) -> None:
     report = dry_run("mirror", {"copies": [_faulty(call), _MEMORY]})
     assert report.failed_step == "", report
-    assert report.info["copy2"] == "memory: well"
+    assert report.info["copy2"] == "memory: opened"
     if call == "open":
-        assert report.info["copy1"].startswith("faulty: copy 1 (faulty) is left alone for 1 s: sabotaged open")
+        assert report.info["copy1"].startswith("faulty: copy 1 (faulty) is left alone for 1.0 s: sabotaged open")
 
 
 def test_a_store_that_keeps_nothing_is_found_by_nobody_but_the_dry_run() -> None:

@@ -82,7 +82,7 @@ def test_composites_hold_composites(open_backend: Open) -> None:
     assert pages.store(backend).write_blocking(pages.keys(2), [pages.content(1)] * 2, b"", 0).pages == 2
     assert set(backend.stats()) >= {"tier1_used_bytes", "tier2_away"}
     assert not any("copy" in name for name in backend.stats()), "the list of counters must not grow without end"
-    assert backend.info()["tier2_copy1"] == "memory: well"
+    assert backend.info()["tier2_copy1"] == "memory: opened"
 
 
 def test_late_writes_of_one_are_late_writes_of_all() -> None:

@@ -72,7 +72,7 @@ class TestOneDies:
         mirror.clock.now_s += 3.0
         assert mirror.look_up(2) == 2 and _away(mirror) == [0, 0]
         assert caplog.records[-1].getMessage() == "copy 1 (faulty) answers again"
-        assert mirror.backend.info()["copy1"] == "faulty: well"
+        assert mirror.backend.info()["copy1"] == "faulty: opened"
 
     def test_a_refusal_is_not_tried_three_times(self, composite: Make) -> None:
         mirror = composite("mirror")
@@ -83,7 +83,7 @@ class TestOneDies:
         mirror.inside[0].exists_blocking = refuse
         mirror.look_up(1)
         assert _away(mirror) == [1, 0]
-        assert mirror.backend.info()["copy1"] == "faulty: copy 1 (faulty) is left alone for 1 s: wrong password"
+        assert mirror.backend.info()["copy1"] == "faulty: copy 1 (faulty) is left alone for 1.0 s: wrong password"
 
     def test_what_it_missed_comes_when_a_page_is_read_or_written_again(self, composite: Make) -> None:
         mirror = composite("mirror")
@@ -225,7 +225,7 @@ class TestOpening:
             mirror.look_up(1)
             mirror.idle()
             assert mirror.remade == []
-            assert "is left alone for 1 s: sabotaged open" in mirror.backend.info()["copy2"]
+            assert "is left alone for 1.0 s: sabotaged open" in mirror.backend.info()["copy2"]
         finally:
             mirror.backend.close_blocking()
 

@@ -459,7 +459,7 @@ class TestLife:
         assert stats["max_bytes"] == stats["tier2_max_bytes"] == 50 * (pages.PAGE_BYTES + 256)
         assert stats["no_space_pages"] == 1
         info = tiers.backend.info()
-        assert info["tier1"] == info["tier2"] == "faulty: well"
+        assert info["tier1"] == info["tier2"] == "faulty: opened"
 
     def test_new_weights_are_told_to_all(self, composite: Make) -> None:
         tiers = composite("tiered")
