@@ -26,6 +26,8 @@ _LONGEST_CONNECT_S = 60.0
 _LONGEST_WAIT_S = 10.0
 _PROTOCOL = re.compile(r"[a-z][a-z_]{0,31}")
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):(\d{1,5})")
+#: Two of them are taken at once, on each rank; more than this is a slip of the pen.
+_LARGEST_BUFFER = 16 << 30
 _WORD = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -95,6 +97,10 @@ class MooncakeSettings(BackendSettings, frozen=True, kw_only=True):
         server = self.metadata_server
         if not has_placeholder(server) and server != NO_METADATA_SERVER and "://" not in server:
             raise ValueError(f"metadata_server is not allowed; it takes {NO_METADATA_SERVER!r} or a URL")
+        for name, text in (("master_server_address", address), ("metadata_server", server)):
+            if "@" in text and "://" in text and not text.startswith(("http://", "https://")):
+                # The library takes it for a part of the host's name, and writes it to the log when nobody has that.
+                raise ValueError(f"{name} holds a user or a password, which the library cannot use there; leave it out")
         host = self.local_hostname
         if not has_placeholder(host) and (len(host) > 255 or re.search(r"[\s/]", host)):
             raise ValueError(f"local_hostname={host!r} is not allowed; it takes a name or an address, or ''")
@@ -124,6 +130,8 @@ class MooncakeSettings(BackendSettings, frozen=True, kw_only=True):
                 parse_size(size)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
+        if not has_placeholder(self.local_buffer_size) and parse_size(self.local_buffer_size) > _LARGEST_BUFFER:
+            raise ValueError(f"local_buffer_size={self.local_buffer_size!r} is not allowed; it takes 16GiB at most")
 
     def place(self) -> str:
         return "" if has_placeholder(self.master_server_address) else self.master_server_address
