@@ -179,3 +179,18 @@ def _read(terminal: int) -> bytes:
         if error.errno != errno.EIO:
             raise
         return b""
+
+
+@pytest.mark.parametrize("flags", [["--hicache-storage-backend", "redis"], ["--hicache-storage-backend=redis"]])
+def test_another_storage_backend_takes_the_place_of_the_folder(tmp_path: Path, flags: list[str]) -> None:
+    """The script's own --file-storage-path made the server refuse every other backend, and nobody could leave it out.
+    This one is refused as well, for its missing url: nothing has to run for that."""
+    ended = subprocess.run(
+        [ROOT / "scripts" / "serve", "--free-port", *flags],
+        env={**os.environ, "XDG_STATE_HOME": str(tmp_path), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=START_TIMEOUT_S,
+        check=False,
+    )
+    assert ended.returncode != 0 and "extra config of redis: url is missing" in ended.stdout + ended.stderr
