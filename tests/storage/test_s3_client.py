@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -216,3 +218,32 @@ def test_answers_of_somebody_who_is_no_s3_server(answer: s3.Answer, words: str, 
         with pytest.raises(StorageError, match=words) as error:
             s3.bucket(server.port, retries=0).get_blocking("x")
         assert error.value.code == code and "GET" not in str(error.value)
+
+
+def test_a_server_that_sends_more_than_was_asked_for_fills_no_memory() -> None:
+    """1. 100 bytes are asked for.  2. The answer says that it is a thousand times a mebibyte, and goes on.  3. The
+    caller gets its bytes at once, and the server finds nobody who reads the rest."""
+    block, blocks, sent = bytes(range(256)) * 4096, 1000, 0
+
+    def pour() -> None:
+        nonlocal sent
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(
+                b'HTTP/1.1 206 Partial Content\r\nETag: "e"\r\nLast-Modified: Sat, 28 Nov 2026 13:00:00 GMT\r\n'
+                b"Content-Range: bytes 0-99/%d\r\nContent-Length: %d\r\n\r\n" % ((len(block) * blocks,) * 2)
+            )
+            while sent < blocks:
+                connection.sendall(block)
+                sent += 1
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=pour)
+        server.start()
+        bucket = s3.bucket(listener.getsockname()[1], retries=0)
+        found = bucket.get_range_blocking("x", 0, 100)
+        server.join()
+        bucket.close()
+    assert found == block[:100]
+    assert sent < blocks, "all of it was fetched"
