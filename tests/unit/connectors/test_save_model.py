@@ -18,6 +18,7 @@ from sglang_hicache.connectors.file import FileConnector
 from sglang_hicache.connectors.manifest import Manifest, ModelFile, encode_manifest
 from sglang_hicache.connectors.progress import Progress
 from sglang_hicache.connectors.upload_source import FolderSource
+from tests.storage.pages import wait_until
 from tests.unit.connectors.conftest import CHUNK_BYTES, PASSWORD, SAVED, Places, write_model
 
 
@@ -156,6 +157,8 @@ def test_a_list_that_is_damaged_is_replaced_by_who_says_so(
     run(capsys, str(model), url)
     with create_remote_connector(url) as place:
         place.write_blocking("hicache-model.json", manifest)
+        # A busy server may show for a moment what was there before.
+        wait_until(lambda: place.read_blocking("hicache-model.json") == manifest, "the list is not spoiled")
     code, _, err = run(capsys, str(model), url)
     assert code == 1 and "with --overwrite replaces it" in err
     assert run(capsys, str(model), url, "--overwrite")[0] == 0
